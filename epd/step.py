@@ -1,0 +1,103 @@
+"""One step of a stage: the plan that a scheduler hands to a runner, and what the runner answers.
+
+A plan holds plain NumPy arrays and numbers: no memory of the pool, no device. A runner computes the KV of `token_ids` into the
+blocks of `block_table`, and for the sequences that have reached their last known token (`sample` set) draws the next one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.messages import RequestId, Sampling, Token
+
+Int32Array = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingSpan:
+    """Rows of image embedding that replace the placeholder tokens [offset, offset + len(rows)) of this step's chunk.
+
+    `rows` is [num_rows, (1 + num_deepstack) * hidden_size], float32: the main embedding followed by the deepstack features.
+    """
+
+    offset: int
+    rows: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """What drawing one token needs besides logits."""
+
+    sampling: Sampling
+    prompt_token_ids: Int32Array  # for the repetition penalty
+    output_token_ids: Int32Array  # what was generated so far; the new token is number len(output_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStep:
+    """One sequence's share of a step."""
+
+    request_id: RequestId
+    token_ids: Int32Array  # [num_new]
+    num_computed_tokens: int  # tokens whose KV is in the pool already
+    positions: Int32Array  # [3, num_new]: time, height, width of M-RoPE; three equal rows for text models
+    block_table: Int32Array  # [>= ceil((num_computed_tokens + num_new) / block_size)] block ids
+    embeddings: tuple[EmbeddingSpan, ...] = ()
+    sample: SampleRequest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    sequences: tuple[SequenceStep, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """`tokens[i]` belongs to `plan.sequences[i]`; None where nothing was to be sampled. `elapsed_s` is the runner's own time."""
+
+    tokens: tuple[Token | None, ...]
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """One image to encode: the file's bytes and the grid that the gateway promised."""
+
+    mm_hash: str
+    data: bytes | memoryview
+    grid: tuple[int, int, int]  # t, h, w in patches
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeOutput:
+    """`rows[i]` is [num_tokens_i, (1 + num_deepstack) * hidden_size] float32, or the error that this image alone met."""
+
+    rows: tuple[FloatArray | Exception, ...]
+    elapsed_s: float
+    preprocess_s: float = field(default=0.0)
+
+
+class TextRunner(Protocol):
+    """What prefill and decode drive. Called on the stage's own stream, one step at a time."""
+
+    def execute(self, plan: StepPlan) -> StepOutput: ...
+
+    def close(self) -> None: ...
+
+
+class VisionRunner(Protocol):
+    """What encode drives."""
+
+    def encode(self, images: tuple[ImageInput, ...]) -> EncodeOutput: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,398 @@
+"""Every message that crosses between actors, in the order in which a request meets them.
+
+A message is a frozen msgspec struct that travels as a msgpack array: the tag first, then the fields in the order written here.
+New fields go to the end and carry a default, so that an older peer still reads the message. Bulk bytes (an image, KV blocks)
+are never a field: they travel beside the message as out-of-band buffers.
+
+Times that cross a wire are durations (`*_s`, seconds left), never clock readings: two hosts share no clock.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+import msgspec
+
+RequestId = NewType("RequestId", str)
+WorkerId = NewType("WorkerId", str)
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A value inside messages."""
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Base of everything that an actor can be sent."""
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+class Endpoint(Part):
+    """Where a worker listens, and what tells whether it shares this host's memory."""
+
+    worker: WorkerId
+    host: str
+    port: int
+    unix_path: str = ""
+    host_id: str = ""  # equal on two workers that can open each other's memory (boot id + pid namespace + user)
+
+
+class Address(Part):
+    """An actor, wherever it lives. Equal for a local and a remote actor."""
+
+    worker: WorkerId
+    actor: str
+
+
+class Sampling(Part):
+    """How the next tokens of one request are chosen. Ranges are checked where the request enters."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    seed: int = 0  # always set by the gateway; the noise of a token is a function of (seed, position)
+    max_tokens: int = 16  # output tokens in total, counted from the end of the client's prompt
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    num_logprobs: int = -1  # -1: none wanted; 0: of the chosen token only; k: and of the k best
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+class MMItem(Part):
+    """One image of a prompt: its placeholder range and what its embedding is called."""
+
+    mm_hash: str
+    offset: int  # index of the first placeholder token in the prompt
+    num_tokens: int  # grid_t * grid_h * grid_w / merge_size**2
+    grid_t: int
+    grid_h: int  # in patches
+    grid_w: int
+
+
+class PoolRef(Part):
+    """One pool of one worker, and how a process on the same host maps it.
+
+    `generation` is drawn at random when the pool is made: a handle into a pool that has died is refused by it.
+    """
+
+    worker: WorkerId
+    kind: str  # "kv" | "embedding"
+    generation: int
+    layout: int  # fingerprint of model geometry, dtype, block size and order; both ends must agree
+    num_blocks: int
+    block_bytes: int
+    pid: int = 0
+    fd: int = -1
+    inode: int = 0
+    ipc_handle: bytes = b""
+
+
+class EmbeddingRef(Part):
+    """A leased embedding in an encode worker's pool: `num_tokens` rows over `block_ids`."""
+
+    worker: WorkerId
+    generation: int
+    layout: int
+    lease_id: int
+    lease_s: float
+    mm_hash: str
+    num_tokens: int
+    block_ids: tuple[int, ...]
+    checksums: tuple[int, ...]  # xxh3-64 of each whole block
+
+
+class KVRef(Part):
+    """Leased, finished KV blocks of one request in a prefill worker's pool."""
+
+    worker: WorkerId
+    generation: int
+    layout: int
+    lease_id: int
+    lease_s: float
+    request_id: RequestId
+    epoch: int
+    first_block: int  # place of block_ids[0] in the request's block table
+    block_ids: tuple[int, ...]
+    checksums: tuple[int, ...]
+
+
+class TokenLogprob(Part):
+    token_id: int
+    logprob: float
+
+
+class Token(Part):
+    """One output token. `finish_reason` is set on the last one only: "stop" or "length"."""
+
+    token_id: int
+    finish_reason: str = ""
+    logprob: float = 0.0
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Span(Part):
+    """A stretch of a request's time in one stage, for the waterfall: seconds since that stage received the request."""
+
+    name: str
+    start_s: float
+    end_s: float
+
+
+# --- encode ---------------------------------------------------------------------------------------------------------
+
+
+class Encode(Message, tag=1):
+    """Ask of an encode worker. Buffer 0: the image file's bytes (PNG, JPEG, ...). Answer: Encoded or Failed."""
+
+    request_id: RequestId
+    epoch: int
+    item: MMItem
+    deadline_s: float
+
+
+class Encoded(Message, tag=2):
+    request_id: RequestId
+    ref: EmbeddingRef
+    cached: bool
+    spans: tuple[Span, ...] = ()
+
+
+class RenewLease(Message, tag=3):
+    """Tell the owner of a pool that a handle is still wanted."""
+
+    lease_id: int
+    lease_s: float
+
+
+class ReleaseLease(Message, tag=4):
+    """Tell the owner of a pool that a handle is no longer wanted. Releasing an unknown lease is no error."""
+
+    lease_id: int
+
+
+# --- prefill --------------------------------------------------------------------------------------------------------
+
+
+class Prefill(Message, tag=10):
+    """Ask of a prefill worker, sent before the embeddings are there. Answer: Prefilled or Failed.
+
+    `token_ids` is the prompt followed by whatever was generated before a failure or a preemption, so that the next token
+    is output number len(token_ids) - num_prompt_tokens. Placeholder tokens are already expanded.
+    """
+
+    request_id: RequestId
+    epoch: int
+    token_ids: bytes  # int32, little endian
+    num_prompt_tokens: int
+    items: tuple[MMItem, ...]
+    sampling: Sampling
+    deadline_s: float
+
+
+class EmbeddingReady(Message, tag=11):
+    """Tell a prefill worker where the embedding of one of the request's items lies."""
+
+    request_id: RequestId
+    epoch: int
+    item_index: int
+    ref: EmbeddingRef
+    endpoint: Endpoint
+
+
+class Prefilled(Message, tag=12):
+    """The first token. When it has a finish reason there is nothing to decode."""
+
+    request_id: RequestId
+    epoch: int
+    token: Token
+    num_cached_tokens: int
+    spans: tuple[Span, ...] = ()
+
+
+# --- prefill -> decode ----------------------------------------------------------------------------------------------
+
+
+class PullKV(Message, tag=20):
+    """Stream asked by a decode worker: KVChunk for every run of finished blocks, Handoff at the end."""
+
+    request_id: RequestId
+    epoch: int
+    layout: int
+    deadline_s: float
+
+
+class KVChunk(Message, tag=21):
+    ref: KVRef
+
+
+class Handoff(Message, tag=22):
+    """Prefill is done: `num_tokens` tokens have KV, and `token` is the one to feed first."""
+
+    request_id: RequestId
+    epoch: int
+    num_tokens: int
+    token: Token
+
+
+class DescribePool(Message, tag=23):
+    """Ask of a stage actor: which pool are its handles into? Answer: PoolDescribed."""
+
+    kind: str
+
+
+class PoolDescribed(Message, tag=24):
+    pool: PoolRef
+
+
+class FetchBlocks(Message, tag=25):
+    """Ask of a pool's owner for block bytes, where memory cannot be mapped. Answer: BlocksFetched, one buffer a block."""
+
+    kind: str
+    generation: int
+    lease_id: int
+    block_ids: tuple[int, ...]
+
+
+class BlocksFetched(Message, tag=26):
+    num_blocks: int
+
+
+# --- decode ---------------------------------------------------------------------------------------------------------
+
+
+class Decode(Message, tag=30):
+    """Ask of a decode worker, sent together with Prefill. Tokens come back as TokenStep; answer: Finished, Preempted or Failed."""
+
+    request_id: RequestId
+    epoch: int
+    token_ids: bytes  # int32, little endian; as in Prefill
+    num_prompt_tokens: int
+    items: tuple[MMItem, ...]
+    sampling: Sampling
+    deadline_s: float
+    prefill: Endpoint
+    gateway: Address  # where TokenStep goes
+
+
+class TokenStep(Message, tag=31):
+    """Tell a gateway the tokens of one decode step, of all its requests at once: (request_id, epoch, output index, token)."""
+
+    tokens: tuple[tuple[RequestId, int, int, Token], ...]
+
+
+class Finished(Message, tag=32):
+    request_id: RequestId
+    epoch: int
+    num_output_tokens: int
+    spans: tuple[Span, ...] = ()
+
+
+class Preempted(Message, tag=33):
+    """The decode worker's pool is full and this request gave way: it is to be prefilled again with what it has so far."""
+
+    request_id: RequestId
+    epoch: int
+    num_output_tokens: int
+
+
+# --- any stage ------------------------------------------------------------------------------------------------------
+
+
+class Abort(Message, tag=40):
+    """Tell a stage to forget a request up to `epoch`; unknown requests are no error."""
+
+    request_id: RequestId
+    epoch: int
+
+
+class Failed(Message, tag=41):
+    """How an ask or a stream ends badly. `code` is a wire code of epd.errors; `retryable` says that another worker may succeed."""
+
+    code: str
+    message: str
+    retryable: bool = False
+
+
+# --- membership -----------------------------------------------------------------------------------------------------
+
+
+class StageLoad(Part):
+    """What placement looks at, per stage of a worker."""
+
+    role: str
+    num_waiting: int = 0
+    num_running: int = 0
+    outstanding_patches: int = 0  # encode
+    outstanding_tokens: int = 0  # prefill
+    num_blocks: int = 0
+    num_free_blocks: int = 0  # free or evictable
+    num_leases: int = 0
+    num_cached_blocks: int = 0
+    cache_hits: int = 0
+    cache_queries: int = 0
+    num_preemptions: int = 0
+    is_idle_clean: bool = True  # last check_integrity() at idle passed
+    busy_s: float = 0.0  # time spent in steps since start
+    num_steps: int = 0
+
+
+class LinkLoad(Part):
+    """One link of a worker, as /v1/cluster shows it."""
+
+    peer: WorkerId
+    rung: str  # "local" | "mapped" | "socket"
+    num_transfers: int = 0
+    num_bytes: int = 0
+    transfer_s: float = 0.0
+
+
+class Join(Message, tag=50):
+    """Ask of a directory: take me in. Answer: Joined or Failed (wrong model, wrong layout)."""
+
+    endpoint: Endpoint
+    roles: tuple[str, ...]
+    model: str
+    layout: int
+    pid: int
+    device: str
+    max_model_len: int
+    block_size: int
+
+
+class Joined(Message, tag=51):
+    directory: Endpoint
+
+
+class ReportLoad(Message, tag=52):
+    """Tell the directory, a few times a second."""
+
+    worker: WorkerId
+    stages: tuple[StageLoad, ...]
+    links: tuple[LinkLoad, ...]
+    draining: bool = False
+    metrics: bytes = b""  # Prometheus text of the worker, for one scrape of the cluster
+
+
+class Drain(Message, tag=53):
+    """Tell a worker to take nothing new and to leave when it has nothing left."""
+
+
+class Leave(Message, tag=54):
+    """Tell the directory goodbye: nothing of mine is running."""
+
+    worker: WorkerId
+
+
+AnyMessage = (
+    Encode | Encoded | RenewLease | ReleaseLease
+    | Prefill | EmbeddingReady | Prefilled
+    | PullKV | KVChunk | Handoff | DescribePool | PoolDescribed | FetchBlocks | BlocksFetched
+    | Decode | TokenStep | Finished | Preempted
+    | Abort | Failed
+    | Join | Joined | ReportLoad | Drain | Leave
+)  # fmt: skip
