@@ -195,13 +195,22 @@ class Prefill(Message, tag=10):
 
 
 class EmbeddingReady(Message, tag=11):
-    """Tell a prefill worker where the embedding of one of the request's items lies."""
+    """Ask of a prefill worker: fetch the embedding of one of the request's items from there. Answer: EmbeddingTaken or Failed.
+
+    A failure that says the handle is stale makes the gateway have the image encoded again; the prefill waits meanwhile.
+    """
 
     request_id: RequestId
     epoch: int
     item_index: int
     ref: EmbeddingRef
     endpoint: Endpoint
+
+
+class EmbeddingTaken(Message, tag=13):
+    """The prefill worker has its own copy, or did not need one because its prefix cache covers the image."""
+
+    fetched: bool
 
 
 class Prefilled(Message, tag=12):
@@ -375,7 +384,6 @@ class ReportLoad(Message, tag=52):
     stages: tuple[StageLoad, ...]
     links: tuple[LinkLoad, ...]
     draining: bool = False
-    metrics: bytes = b""  # Prometheus text of the worker, for one scrape of the cluster
 
 
 class Drain(Message, tag=53):
@@ -390,7 +398,7 @@ class Leave(Message, tag=54):
 
 AnyMessage = (
     Encode | Encoded | RenewLease | ReleaseLease
-    | Prefill | EmbeddingReady | Prefilled
+    | Prefill | EmbeddingReady | EmbeddingTaken | Prefilled
     | PullKV | KVChunk | Handoff | DescribePool | PoolDescribed | FetchBlocks | BlocksFetched
     | Decode | TokenStep | Finished | Preempted
     | Abort | Failed
