@@ -1,0 +1,57 @@
+# `make run-cluster` and `make test` do all of their own set-up; `make help` lists the rest.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+MODEL ?=
+PORT ?= 8000
+ENCODE ?= 2
+PREFILL ?= 1
+DECODE ?= 1
+DEVICE ?= cpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+comma := ,
+DEVICE_KIND := $(firstword $(subst :, ,$(DEVICE)))
+CUDA_EXTRA := $(if $(filter cuda,$(DEVICE_KIND)),cuda13)
+PINS := setup.cfg constraints.txt pyproject.toml tools/install.sh
+RUN_READY := $(VENV)/.ready-run-$(DEVICE_KIND)
+TEST_READY := $(VENV)/.ready-test-$(DEVICE_KIND)
+JOBS ?= 2
+
+.PHONY: help run-cluster test lint bench eval clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+	@echo "  variables (now): MODEL=$(or $(MODEL),the bundled model) PORT=$(PORT) ENCODE=$(ENCODE) PREFILL=$(PREFILL) DECODE=$(DECODE) DEVICE=$(DEVICE)"
+
+run-cluster: $(RUN_READY)  ## serve MODEL on PORT with ENCODE, PREFILL and DECODE workers; Ctrl-C drains and stops
+	@exec $(BIN)/epd cluster $(if $(MODEL),--model "$(MODEL)") --port $(PORT) \
+		--encode $(ENCODE) --prefill $(PREFILL) --decode $(DECODE) --device $(DEVICE)
+
+test: lint  ## the whole suite: lint, types, layers, tests (JOBS processes)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+lint: $(TEST_READY)  ## ruff, strict mypy and the layer contracts
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(TEST_READY)  ## measure every speed claim; prints a table and keeps it under bench/results/
+	@$(BIN)/python -m tools.bench $(BENCH_ARGS)
+
+eval: $(RUN_READY)  ## exact-match accuracy of the bundled model through the served API
+	@$(BIN)/python -m tools.eval $(EVAL_ARGS)
+
+clean:  ## remove the virtual environment and all caches
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUN_READY): $(PINS)
+	@tools/install.sh $(VENV) "$(CUDA_EXTRA)" $(DEVICE)
+	@touch $@
+
+$(TEST_READY): $(PINS)
+	@tools/install.sh $(VENV) "test,bench$(addprefix $(comma),$(CUDA_EXTRA))" $(DEVICE)
+	@touch $@ $(RUN_READY)
