@@ -1,0 +1,243 @@
+"""One try at a request with chosen workers: the asks to encode, prefill and decode that run side by side.
+
+The images go to encode workers one by one; the prompt goes to the prefill worker at once, which runs up to the first image that
+is not there yet; decode reserves blocks and pulls KV while prefill still works. Every ask ends in an event; the journey reads them.
+
+Owns: the tasks of its asks. Knows: who is asked what. Does not know: whether to try again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from epd.clock import Clock
+from epd.errors import DeadlineExceeded, EpdError, InternalError, PeerLost, StaleHandle
+from epd.gateway.fleet import Fleet, Placed
+from epd.gateway.router import TokenRouter
+from epd.log import Log
+from epd.microkernel.system import System
+from epd.request import GenerateRequest
+from protocol.messages import (
+    Abort,
+    Address,
+    Decode,
+    EmbeddingReady,
+    EmbeddingTaken,
+    Encode,
+    Encoded,
+    Endpoint,
+    Finished,
+    Preempted,
+    Prefill,
+    Prefilled,
+    RequestId,
+    Span,
+    Token,
+    WorkerId,
+)
+
+MAX_ENCODES = 5  # of one image in one attempt
+FIRST_BACKOFF_S = 0.02
+ABORT_TIMEOUT_S = 1.0
+_log = Log("attempt")
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What a journey acts through."""
+
+    system: System
+    fleet: Fleet
+    router: TokenRouter
+    clock: Clock
+
+
+@dataclass(frozen=True, slots=True)
+class OutputToken:
+    """A token and its place in the output."""
+
+    index: int
+    token: Token
+    num_cached_tokens: int = 0  # told by prefill, with the first token of an attempt
+
+
+Event = OutputToken | Preempted | tuple[Span, ...]
+
+
+class Attempt:
+    """Use as an async context manager; leaving it cancels what is left and makes every stage forget the request."""
+
+    def __init__(
+        self,
+        stages: Stages,
+        request: GenerateRequest,
+        request_id: RequestId,
+        placed: Placed,
+        *,
+        token_ids: tuple[int, ...],
+        epoch: int,
+        timeout_s: float,
+    ) -> None:
+        self.suspect: WorkerId | None = None  # who is to be avoided by the next attempt, once one has failed
+        self._stages = stages
+        self._request = request
+        self._request_id = request_id
+        self._placed = placed
+        self._epoch = epoch
+        self._token_ids = np.asarray(token_ids, dtype="<i4").tobytes()
+        self._num_output = len(token_ids) - len(request.token_ids)
+        self._deadline = stages.clock() + timeout_s
+        self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_finished = False
+
+    async def __aenter__(self) -> Attempt:
+        loop = asyncio.get_running_loop()
+        overdue = DeadlineExceeded(f"the request did not finish within {self._request.deadline_s:g} s")
+        self._timer = loop.call_later(self._time_left(), self._events.put_nowait, overdue)
+        self._stages.router.attach(self._request_id, self._epoch, self._on_token)
+        self._begin(self._prefill(), suspect=self._placed.prefill.worker)
+        # The first token always comes from prefill: with room for one only there is nothing to decode.
+        if self._request.sampling.max_tokens - self._num_output > 1:
+            self._begin(self._decode(), suspect=self._placed.decode.worker)
+        for index in range(len(self._request.images)):
+            self._begin(self._provide(index), suspect=None)
+        return self
+
+    async def next_event(self) -> Event:
+        """The next thing that happened. Raises the failure of any ask."""
+        event = await self._events.get()
+        if isinstance(event, Exception):
+            raise event
+        if isinstance(event, OutputToken) and event.token.finish_reason:
+            self._is_finished = True
+        return event
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._stages.router.detach(self._request_id, self._epoch)
+        self._placed.release()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+        # A choice that decode finished is known to every stage. All other ends are news to prefill, decode or both.
+        if not self._is_finished or kind is not None:
+            await self._abort()
+
+    # --- the asks ---------------------------------------------------------------------------------------------------
+
+    async def _prefill(self) -> None:
+        message = Prefill(
+            request_id=self._request_id,
+            epoch=self._epoch,
+            token_ids=self._token_ids,
+            num_prompt_tokens=len(self._request.token_ids),
+            items=tuple(image.item for image in self._request.images),
+            sampling=self._request.sampling,
+            deadline_s=self._time_left(),
+        )
+        answer = await self._stages.system.ask(self._at("prefill"), message, timeout_s=message.deadline_s)
+        if not isinstance(answer.message, Prefilled):
+            raise InternalError(f"prefill answered {type(answer.message).__name__}")
+        self._placed.prefilled()
+        prefilled = answer.message
+        self._events.put_nowait(OutputToken(self._num_output, prefilled.token, prefilled.num_cached_tokens))
+        self._events.put_nowait(prefilled.spans)
+
+    async def _decode(self) -> None:
+        message = Decode(
+            request_id=self._request_id,
+            epoch=self._epoch,
+            token_ids=self._token_ids,
+            num_prompt_tokens=len(self._request.token_ids),
+            items=tuple(image.item for image in self._request.images),
+            sampling=self._request.sampling,
+            deadline_s=self._time_left(),
+            prefill=self._placed.prefill,
+            gateway=self._stages.router.address,
+        )
+        answer = await self._stages.system.ask(self._at("decode"), message, timeout_s=message.deadline_s)
+        match answer.message:
+            case Preempted() as preempted:
+                self._events.put_nowait(preempted)
+            case Finished() as finished:
+                self._events.put_nowait(finished.spans)
+            case other:
+                raise InternalError(f"decode answered {type(other).__name__}")
+
+    async def _provide(self, index: int) -> None:
+        """Have one image encoded and fetched by prefill; while that may help, encoded again elsewhere."""
+        item = self._request.images[index].item
+        avoid: set[WorkerId] = set()
+        for attempt in range(1, MAX_ENCODES + 1):
+            async with self._stages.fleet.encoder(item, avoid=frozenset(avoid), timeout_s=self._time_left()) as encoder:
+                try:
+                    encoded = await self._encode(index, encoder)
+                    await self._deliver(index, encoded, encoder)
+                    return
+                except (EpdError, TimeoutError) as error:
+                    if attempt == MAX_ENCODES or not self._may_encode_again(error):
+                        raise
+                    _log.warning("encoding again", request=self._request_id, item=index, worker=encoder.worker, reason=str(error))
+                    avoid.add(encoder.worker)
+            await asyncio.sleep(FIRST_BACKOFF_S * 2**attempt)
+
+    async def _encode(self, index: int, encoder: Endpoint) -> Encoded:
+        image = self._request.images[index]
+        message = Encode(request_id=self._request_id, epoch=self._epoch, item=image.item, deadline_s=self._time_left())
+        to = Address(encoder.worker, "encode")
+        answer = await self._stages.system.ask(to, message, (image.data,), timeout_s=message.deadline_s)
+        if not isinstance(answer.message, Encoded):
+            raise InternalError(f"encode answered {type(answer.message).__name__}")
+        self._events.put_nowait(answer.message.spans)
+        return answer.message
+
+    async def _deliver(self, index: int, encoded: Encoded, encoder: Endpoint) -> None:
+        message = EmbeddingReady(
+            request_id=self._request_id, epoch=self._epoch, item_index=index, ref=encoded.ref, endpoint=encoder
+        )
+        answer = await self._stages.system.ask(self._at("prefill"), message, timeout_s=self._time_left())
+        if not isinstance(answer.message, EmbeddingTaken):
+            raise InternalError(f"prefill answered {type(answer.message).__name__}")
+
+    def _may_encode_again(self, error: Exception) -> bool:
+        """Encoding again helps when an encode worker or its handle is at fault, and not when prefill has gone."""
+        return isinstance(error, EpdError) and error.retryable and self._stages.fleet.is_alive(self._placed.prefill.worker)
+
+    # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, work: Coroutine[None, None, None], *, suspect: WorkerId | None) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:
+                if isinstance(error, PeerLost | StaleHandle | EpdError) and self.suspect is None:
+                    self.suspect = suspect
+                self._events.put_nowait(error)
+
+        self._tasks.append(asyncio.create_task(guarded(), name=f"attempt {self._request_id}#{self._epoch}"))
+
+    def _on_token(self, index: int, token: Token) -> None:
+        self._events.put_nowait(OutputToken(index, token))
+
+    async def _abort(self) -> None:
+        message = Abort(request_id=self._request_id, epoch=self._epoch)
+        for role in ("prefill", "decode"):
+            try:
+                await self._stages.system.tell(self._at(role), message, timeout_s=ABORT_TIMEOUT_S)
+            except EpdError:
+                continue  # that worker is gone, and what it held with it
+
+    def _at(self, role: str) -> Address:
+        endpoint = self._placed.prefill if role == "prefill" else self._placed.decode
+        return Address(endpoint.worker, role)
+
+    def _time_left(self) -> float:
+        return max(0.001, self._deadline - self._stages.clock())

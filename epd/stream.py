@@ -1,0 +1,27 @@
+"""Where the event loop meets a device stream: work is handed over and awaited, the loop never blocks on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from gpu.backend import Stream
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def on_stream(stream: Stream, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run `work` on the stream and return what it returns.
+
+    When the caller is cancelled, work that has begun is waited for: it may be reading or writing memory that the caller would
+    give to somebody else next.
+    """
+    future = asyncio.wrap_future(stream.submit(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        if not future.cancel():
+            await asyncio.wait([future])
+        raise

@@ -1,0 +1,194 @@
+"""The pulling end: takes a handle and brings its blocks into local memory, over the best rung, and proves them.
+
+Owns: the mappings of other workers' pools and the figures of each link. Does not know: schedulers, what blocks hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from epd.clock import Clock
+from epd.errors import CorruptTransfer, InternalError, StaleHandle
+from epd.log import Log
+from epd.microkernel.system import System
+from epd.stream import on_stream
+from epd.transfer.plan import Ref, Rung, best_rung, check_handle, kind_of, pieces
+from gpu.backend import Backend, Stream
+from gpu.pool import CannotMap, ChecksumMismatch, MappedPool, Pool, PoolExport, copy_out, verify
+from protocol.messages import Address, BlocksFetched, DescribePool, Endpoint, FetchBlocks, LinkLoad, PoolDescribed, PoolRef, WorkerId
+
+DESCRIBE_TIMEOUT_S = 5.0
+FETCH_TIMEOUT_S = 30.0
+_log = Log("transfer")
+
+
+@dataclass(slots=True)
+class _Source:
+    """What is known of one pool of one worker."""
+
+    pool: PoolRef
+    mapped: MappedPool | None
+    num_readers: int = 0
+    is_dropped: bool = False
+
+
+@dataclass(slots=True)
+class _LinkFigures:
+    rung: Rung
+    num_transfers: int = 0
+    num_bytes: int = 0
+    transfer_s: float = 0.0
+
+
+class Receiver:
+    """Pulls blocks. One per stage actor; copies run on `stream`, never on the event loop."""
+
+    def __init__(
+        self, system: System, backend: Backend, stream: Stream, *, allowed: str, local_pools: Sequence[Pool], clock: Clock
+    ) -> None:
+        self._system = system
+        self._backend = backend
+        self._stream = stream
+        self._allowed = allowed
+        self._local = {pool.generation: pool for pool in local_pools}
+        self._clock = clock
+        self._sources: dict[tuple[WorkerId, str], _Source] = {}
+        self._describing: dict[tuple[WorkerId, str], asyncio.Lock] = {}
+        self._figures: dict[WorkerId, _LinkFigures] = {}
+
+    async def pull(self, ref: Ref, source: Endpoint, out: Sequence[memoryview]) -> None:
+        """Copy the blocks of `ref` into `out`, one writable view per block, and check every block's checksum.
+
+        Raises:
+            StaleHandle: the handle does not fit the worker's pool, or its lease has ended.
+            CorruptTransfer: bytes do not have the checksum that their owner computed.
+            PeerLost, DeadlineExceeded: the worker went away meanwhile.
+        """
+        started = self._clock()
+        local = self._local.get(ref.generation)
+        if local is not None:
+            rung = Rung.LOCAL
+            await self._copy(local, ref, out)
+        else:
+            self._system.introduce(source)
+            known = await self._source(ref, source)
+            rung = Rung.MAPPED if known.mapped is not None else Rung.SOCKET
+            check_handle(ref, known.pool)
+            if known.mapped is not None:
+                await self._read_mapped(known, known.mapped, ref, out)
+            else:
+                await self._fetch(ref, known.pool, out)
+        self._count(source.worker, rung, ref, out, started)
+
+    def is_local(self, ref: Ref) -> bool:
+        """Whether the handle points into a pool of this process."""
+        return ref.generation in self._local
+
+    def forget(self, worker: WorkerId) -> None:
+        """Drop the mappings of a worker that has gone."""
+        for key in [key for key in self._sources if key[0] == worker]:
+            self._drop(key)
+
+    def count_table_move(self, source: Endpoint) -> None:
+        """A hand-off in this process moved a table and no byte."""
+        self._figures.setdefault(source.worker, _LinkFigures(Rung.LOCAL)).num_transfers += 1
+
+    def links(self) -> list[LinkLoad]:
+        return [
+            LinkLoad(worker, figures.rung, figures.num_transfers, figures.num_bytes, figures.transfer_s)
+            for worker, figures in self._figures.items()
+        ]
+
+    def close(self) -> None:
+        for key in list(self._sources):
+            self._drop(key)
+
+    # --- rungs ------------------------------------------------------------------------------------------------------
+
+    async def _copy(self, pool: Pool | MappedPool, ref: Ref, out: Sequence[memoryview]) -> None:
+        try:
+            await on_stream(self._stream, copy_out, pool, ref.block_ids, out, ref.checksums)
+        except ChecksumMismatch as error:
+            raise CorruptTransfer(f"block {error.index} of {len(out)} from {ref.worker} does not have its checksum") from error
+
+    async def _read_mapped(self, source: _Source, mapped: MappedPool, ref: Ref, out: Sequence[memoryview]) -> None:
+        source.num_readers += 1  # a mapping is not undone under a copy
+        try:
+            await self._copy(mapped, ref, out)
+        finally:
+            source.num_readers -= 1
+            if source.is_dropped and source.num_readers == 0:
+                mapped.close()
+
+    async def _fetch(self, ref: Ref, pool: PoolRef, out: Sequence[memoryview]) -> None:
+        to = Address(ref.worker, _actor_of(ref))
+        for piece in pieces(ref.block_ids, pool.block_bytes):
+            message = FetchBlocks(kind_of(ref), ref.generation, ref.lease_id, ref.block_ids[piece])
+            answer = await self._system.ask(to, message, timeout_s=FETCH_TIMEOUT_S, into=out[piece])
+            if not isinstance(answer.message, BlocksFetched):
+                raise InternalError(f"{ref.worker} answered a fetch with {type(answer.message).__name__}")
+        wrong = await on_stream(self._stream, verify, out, ref.checksums)
+        if wrong is not None:
+            raise CorruptTransfer(f"block {wrong} of {len(out)} from {ref.worker} does not have its checksum")
+
+    # --- sources ----------------------------------------------------------------------------------------------------
+
+    async def _source(self, ref: Ref, endpoint: Endpoint) -> _Source:
+        """The pool that a handle points into; asked for once per generation."""
+        key = (ref.worker, kind_of(ref))
+        async with self._describing.setdefault(key, asyncio.Lock()):
+            known = self._sources.get(key)
+            if known is not None and known.pool.generation == ref.generation:
+                return known
+            if known is not None:
+                self._drop(key)
+            answer = await self._system.ask(
+                Address(ref.worker, _actor_of(ref)), DescribePool(kind_of(ref)), timeout_s=DESCRIBE_TIMEOUT_S
+            )
+            if not isinstance(answer.message, PoolDescribed):
+                raise InternalError(f"{ref.worker} answered DescribePool with {type(answer.message).__name__}")
+            pool = answer.message.pool
+            if pool.generation != ref.generation:
+                raise StaleHandle(f"handle of {ref.worker} is from a {kind_of(ref)} pool that is gone")
+            self._sources[key] = _Source(pool, self._map(pool, endpoint))
+            return self._sources[key]
+
+    def _map(self, pool: PoolRef, endpoint: Endpoint) -> MappedPool | None:
+        if best_rung(self._system.endpoint, endpoint, allowed=self._allowed, cannot_map=False) is not Rung.MAPPED:
+            return None
+        export = PoolExport(
+            pid=pool.pid,
+            fd=pool.fd,
+            inode=pool.inode,
+            num_blocks=pool.num_blocks,
+            block_bytes=pool.block_bytes,
+            generation=pool.generation,
+            layout=pool.layout,
+        )
+        try:
+            return self._backend.map_pool(export)
+        except CannotMap as error:
+            _log.warning("cannot map, using the socket", worker=pool.worker, kind=pool.kind, reason=str(error))
+            return None
+
+    def _drop(self, key: tuple[WorkerId, str]) -> None:
+        source = self._sources.pop(key)
+        source.is_dropped = True
+        if source.mapped is not None and source.num_readers == 0:
+            source.mapped.close()
+
+    def _count(self, worker: WorkerId, rung: Rung, ref: Ref, out: Sequence[memoryview], started: float) -> None:
+        figures = self._figures.setdefault(worker, _LinkFigures(rung))
+        figures.rung = rung
+        figures.num_transfers += 1
+        figures.num_bytes += sum(view.nbytes for view in out)
+        figures.transfer_s += self._clock() - started
+
+
+def _actor_of(ref: Ref) -> str:
+    return "prefill" if kind_of(ref) == "kv" else "encode"
+
+
+
