@@ -1,0 +1,25 @@
+"""The CPU kernels: NumPy arrays in, NumPy arrays out, no allocation that the caller did not make. One file each."""
+
+from __future__ import annotations
+
+from gpu.kernels.compiler import warm_up
+from gpu.kernels.gather_kv import gather_kv
+from gpu.kernels.move_blocks import gather_blocks, scatter_blocks
+from gpu.kernels.norm import add_rms_norm, rms_norm
+from gpu.kernels.paged_attention import paged_attention
+from gpu.kernels.rope_store import rope_store
+from gpu.kernels.silu_mul import silu_mul
+from gpu.kernels.store_kv import store_kv
+
+__all__ = [
+    "add_rms_norm",
+    "gather_blocks",
+    "gather_kv",
+    "paged_attention",
+    "rms_norm",
+    "rope_store",
+    "scatter_blocks",
+    "silu_mul",
+    "store_kv",
+    "warm_up",
+]

@@ -1,0 +1,131 @@
+"""Memory that another process can map and that nobody has to delete: a sealed memfd.
+
+Owns the system calls (memfd_create, mmap, madvise, seals) and knows nothing of blocks. A memfd has no name, so it ends with the
+last process that holds it, however that process ends. It is sealed against shrinking, so that whoever has mapped it cannot be hit
+by SIGBUS.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu.errors import CannotMap
+
+Bytes = npt.NDArray[np.uint8]
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module
+_EAGER_BYTES = 16 << 20
+_TOUCH_STEP_BYTES = 4 << 20
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class SharedMemory:
+    """`size` bytes, zeroed, writable here and readable by whoever maps `fd`.
+
+    Touching a page for the first time costs several times what copying it costs, and touching all of a large pool costs seconds.
+    So small memory is touched at once and the rest by a thread of the lowest priority, lowest address first, ahead of its use and
+    beside the start of everything else. Whoever comes first to a page, thread or user, finds it zeroed: the order does not
+    matter.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self.size = size
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, size)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            self.inode = os.fstat(self.fd).st_ino
+            self.bytes = _map(self.fd, size, writable=True)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._stop_touching = threading.Event()
+        self._toucher: threading.Thread | None = None
+        self._touch(0, min(size, _EAGER_BYTES))
+        if size > _EAGER_BYTES:
+            self._toucher = threading.Thread(target=self._touch_rest, name=f"touch-{name}", daemon=True)
+            self._toucher.start()
+
+    def wait_touched(self) -> None:
+        """Return when every page is there. For benchmarks."""
+        if self._toucher is not None:
+            self._toucher.join()
+
+    def close(self) -> None:
+        """Give up the descriptor. The pages go when the last array over them has gone, here and in other processes."""
+        if self.fd < 0:
+            return
+        self._stop_touching.set()
+        self.wait_touched()
+        os.close(self.fd)
+        self.fd = -1
+        self.bytes = self.bytes[:0].copy()
+
+    def _touch_rest(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        for start in range(_EAGER_BYTES, self.size, _TOUCH_STEP_BYTES):
+            if self._stop_touching.is_set() or not self._touch(start, min(self.size, start + _TOUCH_STEP_BYTES)):
+                return
+
+    def _touch(self, start: int, end: int) -> bool:
+        """Have the pages of [start, end) made. A kernel too old for it says no, and pages are then made on first use."""
+        return bool(_libc.madvise(self.bytes.ctypes.data + start, end - start, _MADV_POPULATE_WRITE) == 0)
+
+
+def map_shared(pid: int, fd: int, inode: int, size: int) -> Bytes:
+    """The memory behind descriptor `fd` of process `pid`, read-only.
+
+    Raises CannotMap unless it is `size` bytes at `inode`, sealed.
+    """
+    try:
+        own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CannotMap(f"cannot open descriptor {fd} of process {pid}: {error.strerror}") from error
+    try:
+        found = os.fstat(own)
+        if found.st_ino != inode or found.st_size != size:
+            raise CannotMap(
+                f"descriptor {fd} of process {pid} is {found.st_size} bytes at inode {found.st_ino}, not {size} at {inode}: "
+                "that process has ended or is on another host"
+            )
+        if fcntl.fcntl(own, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK == 0:
+            raise CannotMap(f"descriptor {fd} of process {pid} is not sealed against shrinking")
+        return _map(own, size, writable=False)
+    except OSError as error:
+        raise CannotMap(f"cannot map descriptor {fd} of process {pid}: {error.strerror}") from error
+    finally:
+        os.close(own)
+
+
+def available_bytes() -> int:
+    """Memory that can still be taken without swapping: the least of what the machine and this control group have left."""
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
+            text = limit.read().strip()
+            return available if text == "max" else max(0, min(available, int(text) - int(current.read())))
+    except OSError:
+        return available
+
+
+def _map(fd: int, size: int, *, writable: bool) -> Bytes:
+    """All of `fd`, page-aligned, in huge pages where the kernel gives them for shared memory (`shmem_enabled`)."""
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=protection)
+    try:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel built without them
+        pass
+    return np.frombuffer(mapping, dtype=np.uint8)

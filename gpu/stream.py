@@ -1,0 +1,64 @@
+"""A stream on the CPU: one thread that runs what it is given, one after the other, in the order given."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from gpu.errors import StreamClosed
+
+T = TypeVar("T")
+_Work = tuple["Future[Any]", Callable[..., Any], tuple[Any, ...]]
+
+
+class HostStream:
+    """Owned by whoever opened it, who closes it. `priority` is the nice value of its thread: 0 (as the process) to 19 (last)."""
+
+    def __init__(self, name: str, *, priority: int = 0) -> None:
+        if not 0 <= priority <= 19:
+            raise ValueError(f"a stream's priority is 0..19, not {priority}")
+        self.name = name
+        self._priority = priority
+        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._closing = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, fn: Callable[..., T], *args: Any) -> Future[T]:
+        """Run fn(*args) after all that was submitted before. A future that is cancelled before its turn is passed over."""
+        future: Future[T] = Future()
+        with self._closing:  # nothing may be put behind the end mark
+            if self._closed:
+                raise StreamClosed(f"stream {self.name} has been closed")
+            self._work.put((future, fn, args))
+        return future
+
+    def close(self) -> None:
+        """Finish the call that is running, fail those waiting with StreamClosed, and end the thread. May be called again."""
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._work.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        if self._priority:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._priority)
+        while (work := self._work.get()) is not None:
+            future, fn, args = work
+            if not future.set_running_or_notify_cancel():
+                continue
+            if self._closed:
+                future.set_exception(StreamClosed(f"stream {self.name} was closed before this ran"))
+                continue
+            try:
+                future.set_result(fn(*args))
+            except BaseException as error:
+                future.set_exception(error)
+            del work, future, fn, args  # hold nothing while waiting for more
