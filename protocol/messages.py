@@ -28,7 +28,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
-class Endpoint(Part):
+class Endpoint(Part, frozen=True):
     """Where a worker listens, and what tells whether it shares this host's memory."""
 
     worker: WorkerId
@@ -38,14 +38,14 @@ class Endpoint(Part):
     host_id: str = ""  # equal on two workers that can open each other's memory (boot id + pid namespace + user)
 
 
-class Address(Part):
+class Address(Part, frozen=True):
     """An actor, wherever it lives. Equal for a local and a remote actor."""
 
     worker: WorkerId
     actor: str
 
 
-class Sampling(Part):
+class Sampling(Part, frozen=True):
     """How the next tokens of one request are chosen. Ranges are checked where the request enters."""
 
     temperature: float = 1.0
@@ -63,7 +63,7 @@ class Sampling(Part):
     logit_bias: tuple[tuple[int, float], ...] = ()
 
 
-class MMItem(Part):
+class MMItem(Part, frozen=True):
     """One image of a prompt: its placeholder range and what its embedding is called."""
 
     mm_hash: str
@@ -74,7 +74,7 @@ class MMItem(Part):
     grid_w: int
 
 
-class PoolRef(Part):
+class PoolRef(Part, frozen=True):
     """One pool of one worker, and how a process on the same host maps it.
 
     `generation` is drawn at random when the pool is made: a handle into a pool that has died is refused by it.
@@ -92,7 +92,7 @@ class PoolRef(Part):
     ipc_handle: bytes = b""
 
 
-class EmbeddingRef(Part):
+class EmbeddingRef(Part, frozen=True):
     """A leased embedding in an encode worker's pool: `num_tokens` rows over `block_ids`."""
 
     worker: WorkerId
@@ -106,7 +106,7 @@ class EmbeddingRef(Part):
     checksums: tuple[int, ...]  # xxh3-64 of each whole block
 
 
-class KVRef(Part):
+class KVRef(Part, frozen=True):
     """Leased, finished KV blocks of one request in a prefill worker's pool."""
 
     worker: WorkerId
@@ -121,12 +121,12 @@ class KVRef(Part):
     checksums: tuple[int, ...]
 
 
-class TokenLogprob(Part):
+class TokenLogprob(Part, frozen=True):
     token_id: int
     logprob: float
 
 
-class Token(Part):
+class Token(Part, frozen=True):
     """One output token. `finish_reason` is set on the last one only: "stop" or "length"."""
 
     token_id: int
@@ -135,7 +135,7 @@ class Token(Part):
     top_logprobs: tuple[TokenLogprob, ...] = ()
 
 
-class Span(Part):
+class Span(Part, frozen=True):
     """A stretch of a request's time in one stage, for the waterfall: seconds since that stage received the request."""
 
     name: str
@@ -146,7 +146,7 @@ class Span(Part):
 # --- encode ---------------------------------------------------------------------------------------------------------
 
 
-class Encode(Message, tag=1):
+class Encode(Message, frozen=True, tag=1):
     """Ask of an encode worker. Buffer 0: the image file's bytes (PNG, JPEG, ...). Answer: Encoded or Failed."""
 
     request_id: RequestId
@@ -155,21 +155,21 @@ class Encode(Message, tag=1):
     deadline_s: float
 
 
-class Encoded(Message, tag=2):
+class Encoded(Message, frozen=True, tag=2):
     request_id: RequestId
     ref: EmbeddingRef
     cached: bool
     spans: tuple[Span, ...] = ()
 
 
-class RenewLease(Message, tag=3):
+class RenewLease(Message, frozen=True, tag=3):
     """Tell the owner of a pool that a handle is still wanted."""
 
     lease_id: int
     lease_s: float
 
 
-class ReleaseLease(Message, tag=4):
+class ReleaseLease(Message, frozen=True, tag=4):
     """Tell the owner of a pool that a handle is no longer wanted. Releasing an unknown lease is no error."""
 
     lease_id: int
@@ -178,7 +178,7 @@ class ReleaseLease(Message, tag=4):
 # --- prefill --------------------------------------------------------------------------------------------------------
 
 
-class Prefill(Message, tag=10):
+class Prefill(Message, frozen=True, tag=10):
     """Ask of a prefill worker, sent before the embeddings are there. Answer: Prefilled or Failed.
 
     `token_ids` is the prompt followed by whatever was generated before a failure or a preemption, so that the next token
@@ -194,7 +194,7 @@ class Prefill(Message, tag=10):
     deadline_s: float
 
 
-class EmbeddingReady(Message, tag=11):
+class EmbeddingReady(Message, frozen=True, tag=11):
     """Ask of a prefill worker: fetch the embedding of one of the request's items from there. Answer: EmbeddingTaken or Failed.
 
     A failure that says the handle is stale makes the gateway have the image encoded again; the prefill waits meanwhile.
@@ -207,13 +207,13 @@ class EmbeddingReady(Message, tag=11):
     endpoint: Endpoint
 
 
-class EmbeddingTaken(Message, tag=13):
+class EmbeddingTaken(Message, frozen=True, tag=13):
     """The prefill worker has its own copy, or did not need one because its prefix cache covers the image."""
 
     fetched: bool
 
 
-class Prefilled(Message, tag=12):
+class Prefilled(Message, frozen=True, tag=12):
     """The first token. When it has a finish reason there is nothing to decode."""
 
     request_id: RequestId
@@ -226,7 +226,7 @@ class Prefilled(Message, tag=12):
 # --- prefill -> decode ----------------------------------------------------------------------------------------------
 
 
-class PullKV(Message, tag=20):
+class PullKV(Message, frozen=True, tag=20):
     """Stream asked by a decode worker: KVChunk for every run of finished blocks, Handoff at the end."""
 
     request_id: RequestId
@@ -235,11 +235,11 @@ class PullKV(Message, tag=20):
     deadline_s: float
 
 
-class KVChunk(Message, tag=21):
+class KVChunk(Message, frozen=True, tag=21):
     ref: KVRef
 
 
-class Handoff(Message, tag=22):
+class Handoff(Message, frozen=True, tag=22):
     """Prefill is done: `num_tokens` tokens have KV, and `token` is the one to feed first."""
 
     request_id: RequestId
@@ -248,17 +248,17 @@ class Handoff(Message, tag=22):
     token: Token
 
 
-class DescribePool(Message, tag=23):
+class DescribePool(Message, frozen=True, tag=23):
     """Ask of a stage actor: which pool are its handles into? Answer: PoolDescribed."""
 
     kind: str
 
 
-class PoolDescribed(Message, tag=24):
+class PoolDescribed(Message, frozen=True, tag=24):
     pool: PoolRef
 
 
-class FetchBlocks(Message, tag=25):
+class FetchBlocks(Message, frozen=True, tag=25):
     """Ask of a pool's owner for block bytes, where memory cannot be mapped. Answer: BlocksFetched, one buffer a block."""
 
     kind: str
@@ -267,15 +267,15 @@ class FetchBlocks(Message, tag=25):
     block_ids: tuple[int, ...]
 
 
-class BlocksFetched(Message, tag=26):
+class BlocksFetched(Message, frozen=True, tag=26):
     num_blocks: int
 
 
 # --- decode ---------------------------------------------------------------------------------------------------------
 
 
-class Decode(Message, tag=30):
-    """Ask of a decode worker, sent together with Prefill. Tokens come back as TokenStep; answer: Finished, Preempted or Failed."""
+class Decode(Message, frozen=True, tag=30):
+    """Ask of a decode worker, sent together with Prefill. Tokens come as TokenStep; answer: Finished, Preempted or Failed."""
 
     request_id: RequestId
     epoch: int
@@ -288,20 +288,20 @@ class Decode(Message, tag=30):
     gateway: Address  # where TokenStep goes
 
 
-class TokenStep(Message, tag=31):
+class TokenStep(Message, frozen=True, tag=31):
     """Tell a gateway the tokens of one decode step, of all its requests at once: (request_id, epoch, output index, token)."""
 
     tokens: tuple[tuple[RequestId, int, int, Token], ...]
 
 
-class Finished(Message, tag=32):
+class Finished(Message, frozen=True, tag=32):
     request_id: RequestId
     epoch: int
     num_output_tokens: int
     spans: tuple[Span, ...] = ()
 
 
-class Preempted(Message, tag=33):
+class Preempted(Message, frozen=True, tag=33):
     """The decode worker's pool is full and this request gave way: it is to be prefilled again with what it has so far."""
 
     request_id: RequestId
@@ -312,15 +312,15 @@ class Preempted(Message, tag=33):
 # --- any stage ------------------------------------------------------------------------------------------------------
 
 
-class Abort(Message, tag=40):
+class Abort(Message, frozen=True, tag=40):
     """Tell a stage to forget a request up to `epoch`; unknown requests are no error."""
 
     request_id: RequestId
     epoch: int
 
 
-class Failed(Message, tag=41):
-    """How an ask or a stream ends badly. `code` is a wire code of epd.errors; `retryable` says that another worker may succeed."""
+class Failed(Message, frozen=True, tag=41):
+    """How an ask or a stream ends badly. `code` is a wire code of epd.errors; `retryable`: another worker may succeed."""
 
     code: str
     message: str
@@ -330,7 +330,7 @@ class Failed(Message, tag=41):
 # --- membership -----------------------------------------------------------------------------------------------------
 
 
-class StageLoad(Part):
+class StageLoad(Part, frozen=True):
     """What placement looks at, per stage of a worker."""
 
     role: str
@@ -350,7 +350,7 @@ class StageLoad(Part):
     num_steps: int = 0
 
 
-class LinkLoad(Part):
+class LinkLoad(Part, frozen=True):
     """One link of a worker, as /v1/cluster shows it."""
 
     peer: WorkerId
@@ -360,7 +360,7 @@ class LinkLoad(Part):
     transfer_s: float = 0.0
 
 
-class Join(Message, tag=50):
+class Join(Message, frozen=True, tag=50):
     """Ask of a directory: take me in. Answer: Joined or Failed (wrong model, wrong layout)."""
 
     endpoint: Endpoint
@@ -373,11 +373,11 @@ class Join(Message, tag=50):
     block_size: int
 
 
-class Joined(Message, tag=51):
+class Joined(Message, frozen=True, tag=51):
     directory: Endpoint
 
 
-class ReportLoad(Message, tag=52):
+class ReportLoad(Message, frozen=True, tag=52):
     """Tell the directory, a few times a second."""
 
     worker: WorkerId
@@ -386,11 +386,11 @@ class ReportLoad(Message, tag=52):
     draining: bool = False
 
 
-class Drain(Message, tag=53):
+class Drain(Message, frozen=True, tag=53):
     """Tell a worker to take nothing new and to leave when it has nothing left."""
 
 
-class Leave(Message, tag=54):
+class Leave(Message, frozen=True, tag=54):
     """Tell the directory goodbye: nothing of mine is running."""
 
     worker: WorkerId
