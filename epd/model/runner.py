@@ -1,0 +1,133 @@
+"""The runners that stages drive: a step plan in, tokens out; images in, embeddings out. All on the calling thread.
+
+A runner belongs to one stage and its stream: it is not called from two threads at once. Models and weights may be
+shared by several.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from epd.errors import BadConfig, BadImage
+from epd.model.batch import make_batch
+from epd.model.config import ModelConfig
+from epd.model.preprocess import Grid, preprocess
+from epd.model.sampler import sample
+from epd.model.text import Buffers, TextModel
+from epd.model.vision import VisionModel
+from epd.model.weights import Weights
+from epd.step import EncodeOutput, ImageInput, StepOutput, StepPlan
+from gpu.backend import Backend
+from gpu.pool import Pool
+from protocol.messages import Token
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class TextModelRunner:
+    """Runs the steps of prefill or decode over the KV pool of its stage."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights | TextModel,
+        backend: Backend,
+        kv_pool: Pool,
+        block_size: int,
+        num_threads: int = 1,
+    ) -> None:
+        """`weights`: the text role's, or the `model` of another runner, to share one copy. BadConfig for a pool of other blocks."""
+        _require_cpu(backend)
+        if kv_pool.layout != config.kv_layout(block_size):
+            raise BadConfig(f"the KV pool's blocks are not those of this model with {block_size} tokens a block")
+        self.model = weights if isinstance(weights, TextModel) else TextModel(config, weights)
+        self._kv: FloatArray = kv_pool.array(np.float32, config.kv_block_shape(block_size)).view(np.float32)
+        self._block_size = block_size
+        self._buffers = Buffers(config.text)
+        self._threads = _Threads(num_threads)
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        started = time.perf_counter()
+        logits, places = self._forward(plan)
+        tokens: list[Token | None] = [None] * len(plan.sequences)
+        requests = [request for i in places if (request := plan.sequences[i].sample) is not None]
+        for i, token in zip(places, sample(logits, requests), strict=True):
+            tokens[i] = token
+        return StepOutput(tuple(tokens), time.perf_counter() - started)
+
+    def logits(self, plan: StepPlan) -> FloatArray:
+        """What `execute` would sample from, [num_sampled, vocab_size], for evaluation and tests; valid until the next call."""
+        return self._forward(plan)[0]
+
+    def close(self) -> None:
+        """Let go of the pool's memory and the buffers."""
+        del self._kv, self._buffers
+
+    def _forward(self, plan: StepPlan) -> tuple[FloatArray, Sequence[int]]:
+        self._threads.apply()
+        batch = make_batch(plan, self._block_size)
+        return self.model.forward(batch, self._kv, self._buffers), batch.sampled
+
+
+class VisionModelRunner:
+    """Encodes images, those of one call together."""
+
+    def __init__(self, config: ModelConfig, weights: Weights | VisionModel, backend: Backend, num_threads: int = 1) -> None:
+        _require_cpu(backend)
+        if config.vision is None or config.image is None:
+            raise BadConfig(f"{config.architecture} has no vision tower to encode images with")
+        self.model = weights if isinstance(weights, VisionModel) else VisionModel(config.vision, weights)
+        self._image = config.image
+        self._threads = _Threads(num_threads)
+
+    def encode(self, images: tuple[ImageInput, ...]) -> EncodeOutput:
+        """Preprocess and encode; an image that cannot be decoded fails alone."""
+        started = time.perf_counter()
+        patches = [self.preprocess(image) for image in images]
+        preprocessed = time.perf_counter()
+        rows = self.encode_patches(patches, [image.grid for image in images])
+        finished = time.perf_counter()
+        return EncodeOutput(rows, finished - started, preprocessed - started)
+
+    def preprocess(self, image: ImageInput) -> FloatArray | BadImage:
+        """Patches of one image, or what is wrong with it. Touches no model: may run on any thread, while encode_patches runs."""
+        try:
+            return preprocess(image.data, image.grid, self._image)
+        except BadImage as error:
+            return error
+
+    def encode_patches(
+        self, patches: Sequence[FloatArray | Exception], grids: Sequence[Grid]
+    ) -> tuple[FloatArray | Exception, ...]:
+        """Rows per image [num_tokens, (1 + num_deepstack) * hidden_size] float32; an exception in `patches` passes through."""
+        self._threads.apply()
+        good = [(each, grid) for each, grid in zip(patches, grids, strict=True) if not isinstance(each, Exception)]
+        encoded = iter(self.model.forward([each for each, _ in good], [grid for _, grid in good]) if good else [])
+        return tuple(each if isinstance(each, Exception) else next(encoded) for each in patches)
+
+    def close(self) -> None:
+        """Nothing is held beyond the model."""
+
+
+class _Threads:
+    """How many threads torch's operators use. OpenMP keeps the number per thread, so the thread that computes sets it."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
+        self._applied_to = 0
+
+    def apply(self) -> None:
+        if self._applied_to != threading.get_ident():
+            torch.set_num_threads(self._num_threads)
+            self._applied_to = threading.get_ident()
+
+
+def _require_cpu(backend: Backend) -> None:
+    if backend.torch_device != "cpu":
+        raise BadConfig(f"this version runs models on the CPU, not on {backend.torch_device}")
