@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from gpu.errors import UnknownDevice
 from gpu.pool import MappedPool, Pool, PoolExport, PoolSpec
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Stream(Protocol):
     """Calls in order, one at a time, off the caller's thread. A future resolves when the device has finished its call's work."""
 
-    def submit(self, fn: Callable[..., T], *args: Any) -> Future[T]: ...
+    def submit(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]: ...
 
     def close(self) -> None: ...
 

@@ -1,47 +1,88 @@
-"""Blocks from one memory to another, with or without their checksum. Knows addresses and sizes, nothing of pools.
+"""Whole blocks: rows of bytes from one array to another, with or without their checksum. Knows nothing of pools.
 
-The checksum is XXH3-64 (Yann Collet, xxHash). A piece is hashed right after it was copied, while the processor's cache still has
-it, so that each byte is read from memory once.
+The checksum is XXH3-64 (Yann Collet, xxHash) of a whole block. A call runs from end to end without the interpreter's lock.
 """
 
 from __future__ import annotations
-
-import ctypes
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from gpu.kernels.copy_rows import MIN_HASHED_BYTES, copy_and_hash_rows, copy_rows, hash_rows
+
 Bytes = npt.NDArray[np.uint8]
 Ids = npt.NDArray[np.int64]
 
-_PIECE_BYTES = 256 << 10  # source and destination of a piece fit the second-level cache together
+# More than this would push everything else out of the second-level cache; it goes past it.
+_STREAMING_BYTES = 1 << 20
+_STREAMING_ALIGNMENT = 64
 
 
 def copy_plain(src: Bytes, src_ids: Ids, dst: Bytes, dst_ids: Ids) -> None:
-    """Copy rows `src_ids` of src [n, block_bytes] to rows `dst_ids` of dst [m, block_bytes]."""
-    block_bytes = src.shape[1]
-    src_base, dst_base = src.ctypes.data, dst.ctypes.data
-    for src_id, dst_id in zip(src_ids.tolist(), dst_ids.tolist(), strict=True):
-        ctypes.memmove(dst_base + dst_id * block_bytes, src_base + src_id * block_bytes, block_bytes)
+    """Copy rows `src_ids` of src [n, block_bytes] to rows `dst_ids` of dst [m, block_bytes].
+
+    Raises ValueError for arrays that are not contiguous rows of one size, IndexError for ids outside of them.
+    """
+    _check_copy(src, src_ids, dst, dst_ids)
+    copy_rows(src.ctypes.data, src_ids, dst.ctypes.data, dst_ids, src.shape[1], _streams(dst, len(src_ids)))
 
 
 def copy_checked(src: Bytes, src_ids: Ids, dst: Bytes, dst_ids: Ids, checksums: npt.NDArray[np.uint64]) -> int:
-    """Like copy_plain, comparing each block written with its checksum. Returns the place of the first that differs, or -1."""
-    block_bytes = src.shape[1]
-    src_base, dst_base = src.ctypes.data, dst.ctypes.data
-    for index, (src_id, dst_id) in enumerate(zip(src_ids.tolist(), dst_ids.tolist(), strict=True)):
-        digest = xxhash.xxh3_64()
-        block = dst[dst_id]
-        for start in range(0, block_bytes, _PIECE_BYTES):
-            num_bytes = min(_PIECE_BYTES, block_bytes - start)
-            ctypes.memmove(dst_base + dst_id * block_bytes + start, src_base + src_id * block_bytes + start, num_bytes)
-            digest.update(block[start : start + num_bytes])
-        if digest.intdigest() != checksums[index]:
-            return index
-    return -1
+    """Like copy_plain, comparing the bytes of each row with its checksum. Returns the place of the first that differs, or -1."""
+    _check_copy(src, src_ids, dst, dst_ids)
+    if len(checksums) != len(src_ids):
+        raise ValueError(f"{len(checksums)} checksums for {len(src_ids)} blocks")
+    if src.shape[1] < MIN_HASHED_BYTES:
+        copy_plain(src, src_ids, dst, dst_ids)
+        found = np.array(checksum_blocks(dst, dst_ids), dtype=np.uint64)
+    else:
+        found = np.empty(len(src_ids), np.uint64)
+        streaming = _streams(dst, len(src_ids))
+        copy_and_hash_rows(src.ctypes.data, src_ids, dst.ctypes.data, dst_ids, src.shape[1], found, streaming)
+    wrong = np.flatnonzero(found != checksums)
+    return int(wrong[0]) if len(wrong) else -1
 
 
 def checksum_blocks(src: Bytes, src_ids: Ids) -> list[int]:
-    """XXH3-64 of rows `src_ids` of src [n, block_bytes]."""
-    return [xxhash.xxh3_64_intdigest(src[src_id]) for src_id in src_ids.tolist()]
+    """XXH3-64 of rows `src_ids` of src [n, block_bytes]. Errors as in copy_plain."""
+    _check_rows(src, src_ids)
+    if src.shape[1] < MIN_HASHED_BYTES:
+        return [xxhash.xxh3_64_intdigest(src[src_id]) for src_id in src_ids.tolist()]
+    sums = np.empty(len(src_ids), np.uint64)
+    hash_rows(src.ctypes.data, src_ids, src.shape[1], sums)
+    return [int(each) for each in sums]
+
+
+def gather_blocks(pool: Bytes, block_ids: Ids, out: Bytes) -> None:
+    """out[i] = pool[block_ids[i]], as copy_plain. For a transfer that needs one run of bytes."""
+    copy_plain(pool, block_ids, out, np.arange(len(out)))
+
+
+def scatter_blocks(blocks: Bytes, pool: Bytes, block_ids: Ids) -> None:
+    """pool[block_ids[i]] = blocks[i], as copy_plain. Where an id comes twice the later row stays."""
+    copy_plain(blocks, np.arange(len(blocks)), pool, block_ids)
+
+
+def _check_copy(src: Bytes, src_ids: Ids, dst: Bytes, dst_ids: Ids) -> None:
+    _check_rows(src, src_ids)
+    _check_rows(dst, dst_ids)
+    if src.shape[1] != dst.shape[1]:
+        raise ValueError(f"blocks of {src.shape[1]} bytes cannot go where blocks of {dst.shape[1]} lie")
+    if len(src_ids) != len(dst_ids):
+        raise ValueError(f"{len(src_ids)} blocks cannot go to {len(dst_ids)} places")
+    if not dst.flags.writeable:
+        raise ValueError("the destination is read-only")
+
+
+def _check_rows(array: Bytes, ids: Ids) -> None:
+    """After this nothing can be read or written outside of the array."""
+    if array.dtype != np.uint8 or array.ndim != 2 or not array.flags.c_contiguous:
+        raise ValueError(f"blocks are contiguous rows of bytes, not {array.dtype} {array.shape} with strides {array.strides}")
+    if len(ids) and (ids.min() < 0 or ids.max() >= len(array)):
+        raise IndexError(f"block ids {ids.min()}..{ids.max()} are not all inside {len(array)} blocks")
+
+
+def _streams(dst: Bytes, num_blocks: int) -> bool:
+    is_aligned = dst.ctypes.data % _STREAMING_ALIGNMENT == 0 and dst.shape[1] % _STREAMING_ALIGNMENT == 0
+    return is_aligned and num_blocks * dst.shape[1] > _STREAMING_BYTES

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from gpu.errors import StreamClosed
 
+P = ParamSpec("P")
 T = TypeVar("T")
-_Work = tuple["Future[Any]", Callable[..., Any], tuple[Any, ...]]
+_Work = tuple["Future[Any]", Callable[[], Any]]
 
 
 class HostStream:
@@ -29,13 +31,13 @@ class HostStream:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, fn: Callable[..., T], *args: Any) -> Future[T]:
-        """Run fn(*args) after all that was submitted before. A future that is cancelled before its turn is passed over."""
+    def submit(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run fn(*args, **kwargs) after all that was submitted before. A future cancelled before its turn is passed over."""
         future: Future[T] = Future()
         with self._closing:  # nothing may be put behind the end mark
             if self._closed:
                 raise StreamClosed(f"stream {self.name} has been closed")
-            self._work.put((future, fn, args))
+            self._work.put((future, functools.partial(fn, *args, **kwargs)))
         return future
 
     def close(self) -> None:
@@ -51,14 +53,14 @@ class HostStream:
         if self._priority:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._priority)
         while (work := self._work.get()) is not None:
-            future, fn, args = work
+            future, call = work
             if not future.set_running_or_notify_cancel():
                 continue
             if self._closed:
                 future.set_exception(StreamClosed(f"stream {self.name} was closed before this ran"))
                 continue
             try:
-                future.set_result(fn(*args))
+                future.set_result(call())
             except BaseException as error:
                 future.set_exception(error)
-            del work, future, fn, args  # hold nothing while waiting for more
+            del work, future, call  # hold nothing while waiting for more

@@ -1,10 +1,12 @@
-"""The CPU kernels: NumPy arrays in, NumPy arrays out, no allocation that the caller did not make. One file each."""
+"""The CPU kernels: NumPy arrays in, NumPy arrays out, no allocation that the caller did not make. One file each.
+
+Whole blocks are moved by `gpu.copy`, which checks its rows before it hands addresses to copy_rows.
+"""
 
 from __future__ import annotations
 
 from gpu.kernels.compiler import warm_up
 from gpu.kernels.gather_kv import gather_kv
-from gpu.kernels.move_blocks import gather_blocks, scatter_blocks
 from gpu.kernels.norm import add_rms_norm, rms_norm
 from gpu.kernels.paged_attention import paged_attention
 from gpu.kernels.rope_store import rope_store
@@ -13,12 +15,10 @@ from gpu.kernels.store_kv import store_kv
 
 __all__ = [
     "add_rms_norm",
-    "gather_blocks",
     "gather_kv",
     "paged_attention",
     "rms_norm",
     "rope_store",
-    "scatter_blocks",
     "silu_mul",
     "store_kv",
     "warm_up",

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import numba
+from numba.extending import intrinsic
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,6 +69,11 @@ def kernel(signature: str) -> Callable[[Callable[P, R]], Kernel[P, R]]:
 def inlined(function: Callable[P, R]) -> Callable[P, R]:
     """Declare a helper that kernels of the same file call; the cache notices changes to a kernel's own file only."""
     return cast("Callable[P, R]", numba.njit(fastmath=_FLOAT_RULES, inline="always")(function))
+
+
+def emitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare an operation that is written in LLVM's own terms: `function` answers its signature and a builder of its code."""
+    return cast("Callable[..., Any]", intrinsic(function))
 
 
 def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
