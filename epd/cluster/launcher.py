@@ -1,0 +1,204 @@
+"""`epd cluster`: starts the processes of a whole cluster on this machine, restarts those that die, stops all of them in order.
+
+Owns: the processes. Knows: which command starts which role, what their progress lines say. Does not know: what they do.
+
+A process tells its progress in lines on its standard output (`protocol` of two: `progress TEXT`, `ready TEXT`). Its standard input
+stays open as long as this process lives: when it closes, the process stops by itself, so that nothing outlives a killed launcher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from epd.cluster.banner import banner
+from epd.config import ClusterConfig
+from epd.errors import BadConfig
+from epd.log import Log
+
+BAD_CONFIG_STATUS = 2
+FIRST_BACKOFF_S = 0.25
+MAX_BACKOFF_S = 10.0
+STEADY_S = 30.0  # a process that lived this long starts again without back-off
+KILL_GRACE_S = 5.0
+_log = Log("cluster")
+
+
+@dataclass(slots=True)
+class _Member:
+    """One supervised process."""
+
+    name: str
+    role: str
+    arguments: tuple[str, ...]
+    process: asyncio.subprocess.Process | None = None
+    is_ready: bool = False
+    num_starts: int = 0
+    keeper: asyncio.Task[None] | None = field(default=None, repr=False)
+
+
+class Launcher:
+    """Run once: `await run()` returns the exit status after everything has stopped."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._cluster_port = _free_port()
+        self._environment = dict(os.environ, EPD_TOKEN=secrets.token_hex(32))
+        self._members = [*self._describe()]
+        self._stop = asyncio.Event()
+        self._force = asyncio.Event()
+        self._status = 0
+        self._url = ""
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        names = ", ".join(member.name for member in self._members)
+        print(f"epd: starting {names}", flush=True)
+        for member in self._members:
+            member.keeper = asyncio.create_task(self._keep(member), name=f"keep {member.name}")
+        try:
+            await self._stop.wait()
+        finally:
+            await self._stop_all()
+        return self._status
+
+    # --- processes --------------------------------------------------------------------------------------------------
+
+    def _describe(self) -> Sequence[_Member]:
+        config = self._config
+        counts = (("encode", config.num_encode), ("prefill", config.num_prefill), ("decode", config.num_decode))
+        members = [
+            _Member(
+                "gateway",
+                "gateway",
+                ("--worker", "gateway", "--cluster-port", str(self._cluster_port)),
+            )
+        ]
+        for role, count in counts:
+            for number in range(count):
+                name = f"{role}-{number}"
+                members.append(_Member(name, role, ("--worker", name, "--join", f"127.0.0.1:{self._cluster_port}")))
+        return members
+
+    async def _keep(self, member: _Member) -> None:
+        """Start the process, and again whenever it ends by itself."""
+        loop = asyncio.get_running_loop()
+        backoff_s = FIRST_BACKOFF_S
+        while not self._stop.is_set():
+            started = loop.time()
+            member.process = await self._start(member)
+            await self._listen(member, member.process)
+            status = await member.process.wait()
+            member.is_ready = False
+            if self._stop.is_set():
+                return
+            if status == BAD_CONFIG_STATUS:
+                # Its own message is on standard error already. Starting it again would only repeat it.
+                self._fail(status)
+                return
+            if loop.time() - started > STEADY_S:
+                backoff_s = FIRST_BACKOFF_S
+            _log.warning("process ended, starting it again", process=member.name, status=status, in_s=backoff_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), backoff_s)
+            backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+
+    async def _start(self, member: _Member) -> asyncio.subprocess.Process:
+        member.num_starts += 1
+        command = (
+            *(sys.executable, "-m", "epd", "serve", "--supervised", "--roles", member.role, "--model", self._config.serve.model),
+            *member.arguments,
+            *self._config.passed_on,
+        )
+        return await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=self._environment,
+            start_new_session=True,  # Ctrl-C is for this process, which stops the others in order
+        )
+
+    async def _listen(self, member: _Member, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        async for raw in process.stdout:
+            word, _, text = raw.decode(errors="replace").strip().partition(" ")
+            if word == "progress":
+                print(f"  {member.name:<12} {text}", flush=True)
+            elif word == "ready":
+                self._on_ready(member, text)
+
+    def _on_ready(self, member: _Member, text: str) -> None:
+        again = " again" if member.num_starts > 1 else ""
+        print(f"  {member.name:<12} ready{again}{f' in {text}' if text and member.role != 'gateway' else ''}", flush=True)
+        member.is_ready = True
+        if member.role == "gateway":
+            self._url = text
+        if all(other.is_ready for other in self._members) and not again:
+            print(banner(self._url, self._config.serve), flush=True)
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._force.set()
+        self._stop.set()
+
+    def _fail(self, status: int) -> None:
+        self._status = status
+        self._stop.set()
+
+    async def _stop_all(self) -> None:
+        """The gateway first, which lets running requests finish; then the workers, which have nothing left."""
+        print("epd: stopping (again Ctrl-C to stop at once)", flush=True)
+        gateway = [member for member in self._members if member.role == "gateway"]
+        workers = [member for member in self._members if member.role != "gateway"]
+        await self._stop_some(gateway, self._config.serve.admission.drain_timeout_s + KILL_GRACE_S)
+        await self._stop_some(workers, KILL_GRACE_S)
+        for member in self._members:
+            if member.keeper is not None:
+                member.keeper.cancel()
+        await asyncio.gather(*(member.keeper for member in self._members if member.keeper), return_exceptions=True)
+        print("epd: stopped", flush=True)
+
+    async def _stop_some(self, members: Sequence[_Member], timeout_s: float) -> None:
+        running = [member.process for member in members if member.process is not None and member.process.returncode is None]
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        waits = [asyncio.create_task(process.wait()) for process in running]
+        force = asyncio.create_task(self._force.wait())
+        everything = asyncio.gather(*waits)
+        await asyncio.wait([everything, force], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        force.cancel()
+        for process in running:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+        await everything
+
+
+def _free_port() -> int:
+    """A port that nobody listens on now, for the cluster's own links."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises BadConfig when the HTTP port is taken, before anything is started."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise BadConfig(f"cannot listen on {host}:{port} ({error.strerror}): choose another with --port") from error

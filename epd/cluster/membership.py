@@ -1,0 +1,111 @@
+"""A worker's side of the cluster: joins the gateway, tells it its load, leaves when drained.
+
+Owns: whether this worker is a member. Knows: the stage actors of this process, to ask them for their load. Joins again by itself
+whenever the gateway was lost, so that it does not matter who starts first or who is restarted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from epd.errors import BadConfig, EpdError, InternalError, PeerLost, Refused
+from epd.log import Log
+from epd.microkernel.actor import Actor, Mail
+from epd.stage import StageActor
+from protocol.messages import Address, Drain, Join, Leave, ReportLoad, WorkerId
+
+REPORT_S = 0.2
+JOIN_TIMEOUT_S = 5.0
+FIRST_BACKOFF_S = 0.1
+MAX_BACKOFF_S = 2.0
+_log = Log("membership")
+
+
+class Membership(Actor):
+    """One per process that hosts stages. `on_joined` is called at the first join, `on_refused` when joining can never succeed."""
+
+    def __init__(
+        self,
+        gateway: WorkerId,
+        join: Join,
+        stages: Sequence[StageActor],
+        *,
+        on_joined: Callable[[], None],
+        on_refused: Callable[[EpdError], None],
+        on_drain: Callable[[], None],
+    ) -> None:
+        super().__init__()
+        self._directory = Address(gateway, "directory")
+        self._join = join
+        self._stages = stages
+        self._on_joined = on_joined
+        self._on_refused = on_refused
+        self._on_drain = on_drain
+        self._report_now = asyncio.Event()
+
+    async def started(self) -> None:
+        self.spawn(self._stay(), name="membership")
+
+    async def receive(self, mail: Mail) -> None:
+        if not isinstance(mail.message, Drain):
+            raise InternalError(f"membership was sent {type(mail.message).__name__}")
+        self._on_drain()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new, say so, and wait until nothing is left; after the time-out what is left is lost to other workers."""
+        for stage in self._stages:
+            stage.is_draining = True
+        self._report_now.set()
+        try:
+            async with asyncio.timeout(timeout_s):
+                for stage in self._stages:
+                    await stage.idle()
+        except TimeoutError:
+            _log.warning("requests move elsewhere", worker=self._join.endpoint.worker)
+            for stage in self._stages:
+                await stage.evacuate()
+        try:
+            await self.system.tell(self._directory, Leave(self._join.endpoint.worker), timeout_s=1.0)
+        except EpdError:
+            pass  # the gateway has gone first
+
+    async def _stay(self) -> None:
+        """Join, report until the gateway is lost, join again."""
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            try:
+                await self.system.ask(self._directory, self._join, timeout_s=JOIN_TIMEOUT_S)
+            except (Refused, BadConfig) as error:
+                self._on_refused(error)
+                return
+            except EpdError as error:
+                _log.debug("cannot join yet", reason=error.message)
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+                continue
+            backoff_s = FIRST_BACKOFF_S
+            self._on_joined()
+            await self._report()
+
+    async def _report(self) -> None:
+        while True:
+            links = tuple(link for stage in self._stages for link in stage.links())
+            report = ReportLoad(
+                worker=self._join.endpoint.worker,
+                stages=tuple(stage.load() for stage in self._stages),
+                links=links,
+                draining=any(stage.is_draining for stage in self._stages),
+            )
+            try:
+                await self.system.tell(self._directory, report)
+            except PeerLost as error:
+                _log.warning("lost the gateway", reason=error.message)
+                return
+            except EpdError:
+                pass  # a busy gateway misses one report
+            self._report_now.clear()
+            try:
+                await asyncio.wait_for(self._report_now.wait(), REPORT_S)
+            except TimeoutError:
+                pass

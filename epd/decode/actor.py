@@ -1,0 +1,294 @@
+"""The decode stage: KV in, one token per step and request out.
+
+The I/O shell round `DecodeScheduler`: it pulls KV into reserved blocks while prefill still works, runs planned steps on its stream,
+and tells gateways the tokens of each step.
+
+Owns: the decode of each request here (`entry.Entry`) and the KV pool's memory. Does not know: text, images, who placed what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+
+from epd.cache.block_pool import BlockPool
+from epd.clock import Clock
+from epd.decode.entry import Entry
+from epd.decode.intake import Adopting, Copying, pull
+from epd.decode.outbox import Outbox
+from epd.decode.request import DecodeOutput, DecodePlan, DecodeRequest, Reservation
+from epd.decode.scheduler import DecodeScheduler
+from epd.errors import Cancelled, DeadlineExceeded, EpdError, InternalError
+from epd.microkernel.actor import Mail, Reply
+from epd.model.positions import mrope_next
+from epd.stage import StageActor, unexpected
+from epd.step import StepPlan, TextRunner
+from epd.stream import on_stream
+from epd.transfer.receiver import Receiver
+from gpu.backend import Stream
+from gpu.pool import Pool
+from protocol.messages import Abort, Decode, Finished, Handoff, LinkLoad, Preempted, RequestId, StageLoad, Token
+
+
+class DecodeActor(StageActor):
+    """One per decode worker. `shares_pool`: prefill runs in this process on the same pool, so tables move instead of bytes."""
+
+    role = "decode"
+
+    def __init__(
+        self,
+        *,
+        scheduler: DecodeScheduler,
+        blocks: BlockPool,
+        memory: Pool,
+        receiver: Receiver,
+        runner: TextRunner,
+        stream: Stream,
+        block_size: int,
+        merge_size: int,
+        shares_pool: bool,
+        clock: Clock,
+    ) -> None:
+        super().__init__(clock=clock)
+        self._scheduler = scheduler
+        self._blocks = blocks
+        self._memory = memory
+        self._receiver = receiver
+        self._runner = runner
+        self._stream = stream
+        self._block_size = block_size
+        self._merge_size = merge_size
+        self._shares_pool = shares_pool
+        self._entries: dict[RequestId, Entry] = {}
+        self._outbox = Outbox(self)
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    async def receive(self, mail: Mail) -> None:
+        match mail.message:
+            case Decode() as message:
+                await self._add(message, mail.reply)
+            case Abort(request_id=request_id, epoch=epoch):
+                self._abort(request_id, epoch, Cancelled("aborted"))
+            case _:
+                raise unexpected(self, mail)
+
+    async def _add(self, message: Decode, reply: Reply) -> None:
+        self.refuse_if_draining()
+        await self._replace(message)
+        now = self.clock()
+        request = DecodeRequest(
+            request_id=message.request_id,
+            epoch=message.epoch,
+            token_ids=np.frombuffer(message.token_ids, dtype="<i4"),
+            num_prompt_tokens=message.num_prompt_tokens,
+            items=message.items,
+            sampling=message.sampling,
+            deadline=now + message.deadline_s,
+            arrived_at=now,
+        )
+        entry = Entry(request, message, reply, position_shift=mrope_next(0, message.items, self._merge_size))
+        if self._shares_pool:
+            entry.reserved_at = now
+            entry.pull = self.spawn(self._adopt(entry), name=f"adopt {request.request_id}")
+        else:
+            self._scheduler.add(request)
+        self._entries[message.request_id] = entry
+        reply.on_cancel(lambda: self._abort(message.request_id, message.epoch, Cancelled("the asker left")))
+        self.wake()
+
+    async def _replace(self, message: Decode) -> None:
+        """An older attempt of the same request ends before its blocks can be given to this one."""
+        known = self._entries.get(message.request_id)
+        if known is not None and known.request.epoch < message.epoch:
+            self._abort(message.request_id, known.request.epoch, Cancelled("a newer attempt has begun"))
+            if known.pull is not None:
+                await asyncio.wait([known.pull])
+
+    # --- the way in -------------------------------------------------------------------------------------------------
+
+    def _reserve(self) -> None:
+        for reservation in self._scheduler.reserve():
+            entry = self._entries[reservation.request.request_id]
+            entry.reserved_at = self.clock()
+            entry.pull = self.spawn(self._copy(entry, reservation), name=f"pull {entry.request.request_id}")
+
+    async def _copy(self, entry: Entry, reservation: Reservation) -> None:
+        """Pull a request's KV into its reserved blocks. Until that has ended, one way or another, the blocks are not given back."""
+        request = entry.request
+        try:
+            handoff = await self._pull(entry, Copying(reservation, self._receiver, self._memory))
+            self._begin(entry, self._scheduler.handoff(request.request_id, handoff.num_tokens, handoff.token), handoff.token)
+        except EpdError as error:
+            self._fail(entry, error)
+        except asyncio.CancelledError:
+            self._scheduler.abort(request.request_id, request.epoch)
+            raise
+        finally:
+            self.wake()
+
+    async def _adopt(self, entry: Entry) -> None:
+        """Take over the blocks that prefill wrote in the pool that both use."""
+        request = entry.request
+        adopting = Adopting(self._blocks, self._receiver)
+        try:
+            handoff = await self._pull(entry, adopting)
+            is_running = self._scheduler.adopt(request, adopting.table, handoff.token)
+            adopting.table = []  # the scheduler's from here on
+            self._begin(entry, is_running, handoff.token)
+        except EpdError as error:
+            self._fail(entry, error)
+        finally:
+            adopting.give_back()
+            self.wake()
+
+    async def _pull(self, entry: Entry, taker: Copying | Adopting) -> Handoff:
+        request = entry.request
+        return await pull(
+            self.system,
+            request,
+            entry.message.prefill,
+            taker,
+            layout=self._memory.layout,
+            num_blocks=-(-len(request.token_ids) // self._block_size),
+            timeout_s=max(0.001, request.deadline - self.clock()),
+        )
+
+    def _begin(self, entry: Entry, is_running: bool, token: Token) -> None:
+        """The request runs from now on, unless prefill's token was its last. The gateway has that token from prefill."""
+        entry.pull = None
+        entry.running_since = self.clock()
+        if not is_running:
+            self._finish(entry)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    async def step(self) -> bool:
+        if not self._shares_pool:
+            self._reserve()
+        plan = self._scheduler.plan()
+        for victim in plan.preempted:
+            self._give_way(self._entries[victim.request_id])
+        if not plan.steps:
+            return False
+        started = self.clock()
+        try:
+            step_plan = StepPlan(tuple(self._entries[step.request.request_id].sequence(step) for step in plan.steps))
+            output = await on_stream(self._stream, self._runner.execute, step_plan)
+        except Exception as error:
+            self._fail_step(plan, error)
+            return True
+        self.busy_s += self.clock() - started
+        self.num_steps += 1
+        for booked in self._scheduler.commit(plan, output.tokens):
+            self._tell(booked)
+        self._outbox.flush()
+        return True
+
+    def _tell(self, output: DecodeOutput) -> None:
+        request = output.request
+        entry = self._entries[request.request_id]
+        self._outbox.add(entry.gateway, (request.request_id, request.epoch, output.index, output.token))
+        if output.token.finish_reason:
+            self._finish(entry)
+
+    def _finish(self, entry: Entry) -> None:
+        request = entry.request
+        self._forget(entry)
+        entry.reply.send(Finished(request.request_id, request.epoch, request.num_output_tokens, spans=entry.spans(self.clock())))
+
+    def _give_way(self, entry: Entry) -> None:
+        request = entry.request
+        self._forget(entry)
+        entry.reply.send(Preempted(request.request_id, request.epoch, request.num_output_tokens))
+
+    def _fail_step(self, plan: DecodePlan, error: Exception) -> None:
+        """A runner that raises has done so because of what it was given: those requests end, the stage goes on."""
+        self._log.error("a decode step failed", error=error, num_requests=len(plan.steps))
+        for request in self._scheduler.fail(plan):
+            entry = self._entries[request.request_id]
+            self._forget(entry)
+            entry.reply.fail(InternalError(f"decode failed: {error}"))
+
+    # --- endings ----------------------------------------------------------------------------------------------------
+
+    def _abort(self, request_id: RequestId, epoch: int, error: EpdError) -> None:
+        entry = self._entries.get(request_id)
+        if entry is None or entry.request.epoch > epoch:
+            return
+        self._forget(entry)
+        entry.reply.fail(error)
+        if entry.pull is not None:
+            entry.pull.cancel()  # it gives the blocks back once nothing writes to them any more
+        else:
+            self._scheduler.abort(request_id, epoch)
+        self.wake()
+
+    def _fail(self, entry: Entry, error: EpdError) -> None:
+        """The KV could not be brought here. The gateway decides what becomes of the request."""
+        entry.pull = None
+        self._scheduler.abort(entry.request.request_id, entry.request.epoch)
+        if self._entries.get(entry.request.request_id) is entry:
+            self._forget(entry)
+            entry.reply.fail(error)
+
+    def _forget(self, entry: Entry) -> None:
+        if self._entries.get(entry.request.request_id) is entry:
+            del self._entries[entry.request.request_id]
+
+    async def evacuate(self) -> None:
+        """Send every request that is here back to its gateway, to go on elsewhere with the same tokens."""
+        for entry in list(self._entries.values()):
+            self._forget(entry)
+            entry.reply.send(Preempted(entry.request.request_id, entry.request.epoch, entry.request.num_output_tokens))
+            if entry.pull is not None:
+                entry.pull.cancel()
+            else:
+                self._scheduler.abort(entry.request.request_id, entry.request.epoch)
+        self.wake()
+
+    def sweep(self, now: float) -> None:
+        overdue = [entry.request for entry in self._entries.values() if entry.request.deadline <= now]
+        for request in overdue:
+            self._abort(request.request_id, request.epoch, DeadlineExceeded("the request ran out of time in decode"))
+
+    async def stopped(self) -> None:
+        self._runner.close()
+        self._receiver.close()
+
+    # --- what others see --------------------------------------------------------------------------------------------
+
+    def load(self) -> StageLoad:
+        return StageLoad(
+            role=self.role,
+            num_waiting=self._scheduler.num_waiting + self._scheduler.num_receiving,
+            num_running=self._scheduler.num_running,
+            num_blocks=self._blocks.num_blocks,
+            num_free_blocks=self._blocks.num_free,
+            num_leases=self._blocks.num_leases,
+            num_cached_blocks=self._blocks.num_cached,
+            cache_hits=self._blocks.cache_hits,
+            cache_queries=self._blocks.cache_queries,
+            num_preemptions=self._scheduler.num_preemptions,
+            is_idle_clean=self.is_clean,
+            busy_s=self.busy_s,
+            num_steps=self.num_steps,
+        )
+
+    def links(self) -> list[LinkLoad]:
+        return self._receiver.links()
+
+    def is_idle(self) -> bool:
+        return self._scheduler.is_idle() and not self._entries
+
+    def tables(self) -> list[list[int]]:
+        return [list(table) for table in self._scheduler.tables()]
+
+    def check_integrity(self) -> None:
+        self._scheduler.check_integrity()
+        self._memory.check_integrity()
+        if not self._shares_pool:
+            self._blocks.check_integrity(self.tables())
+
+

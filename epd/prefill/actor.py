@@ -1,0 +1,325 @@
+"""The prefill stage: prompts in, KV blocks and first tokens out.
+
+The I/O shell round `PrefillScheduler`: it fetches embeddings, runs planned steps on its stream, and hands finished blocks to the
+decode worker that pulls them, run by run while later chunks are still being computed.
+
+Owns: the prefill of each request here (`entry.Entry`) and the KV pool's memory. Does not know: who asks, what text is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from epd.cache.block_pool import BlockPool
+from epd.clock import Clock
+from epd.errors import Cancelled, DeadlineExceeded, EpdError, InternalError, StaleHandle
+from epd.microkernel.actor import Mail, Reply
+from epd.model.positions import mrope_positions
+from epd.prefill.embeddings import EmbeddingFetcher
+from epd.prefill.entry import Entry
+from epd.prefill.handover import EarlyPulls, HandOver
+from epd.prefill.request import PrefillChunk, PrefillPlan, PrefillRequest
+from epd.prefill.scheduler import PrefillScheduler
+from epd.stage import StageActor, unexpected
+from epd.step import EmbeddingSpan, SampleRequest, SequenceStep, StepOutput, StepPlan, TextRunner
+from epd.stream import on_stream
+from epd.transfer.receiver import Receiver
+from epd.transfer.sender import Sender
+from gpu.backend import Stream
+from gpu.pool import Pool
+from protocol.messages import (
+    Abort,
+    EmbeddingReady,
+    EmbeddingTaken,
+    LinkLoad,
+    Prefill,
+    Prefilled,
+    PullKV,
+    RequestId,
+    StageLoad,
+    Token,
+)
+
+
+class PrefillActor(StageActor):
+    """One per prefill worker. `spare_blocks`: how many blocks a decode stage on the same pool wants left free now."""
+
+    role = "prefill"
+
+    def __init__(
+        self,
+        *,
+        scheduler: PrefillScheduler,
+        blocks: BlockPool,
+        memory: Pool,
+        sender: Sender,
+        receiver: Receiver,
+        fetcher: EmbeddingFetcher,
+        runner: TextRunner,
+        stream: Stream,
+        checksum_stream: Stream,
+        merge_size: int,
+        lease_s: float,
+        spare_blocks: Callable[[], int],
+        clock: Clock,
+    ) -> None:
+        super().__init__(clock=clock)
+        self._spare_blocks = spare_blocks
+        self._scheduler = scheduler
+        self._blocks = blocks
+        self._memory = memory
+        self._sender = sender
+        self._receiver = receiver
+        self._fetcher = fetcher
+        self._runner = runner
+        self._stream = stream
+        self._checksum_stream = checksum_stream
+        self._merge_size = merge_size
+        self._lease_s = lease_s
+        self._entries: dict[RequestId, Entry] = {}
+        self._early = EarlyPulls(clock)
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    async def receive(self, mail: Mail) -> None:
+        match mail.message:
+            case Prefill() as message:
+                self._add(message, mail.reply)
+            case EmbeddingReady() as message:
+                self.spawn(self._take_embedding(message, mail.reply), name=f"embedding {message.request_id}")
+            case PullKV() as message:
+                self._attach(message, mail)
+            case Abort(request_id=request_id, epoch=epoch):
+                self._abort(request_id, epoch, Cancelled("aborted"))
+            case _:
+                if not self._sender.handle(mail):
+                    raise unexpected(self, mail)
+
+    def _add(self, message: Prefill, reply: Reply) -> None:
+        self.refuse_if_draining()
+        now = self.clock()
+        request = PrefillRequest(
+            request_id=message.request_id,
+            epoch=message.epoch,
+            token_ids=np.frombuffer(message.token_ids, dtype="<i4"),
+            num_prompt_tokens=message.num_prompt_tokens,
+            items=message.items,
+            sampling=message.sampling,
+            deadline=now + message.deadline_s,
+            arrived_at=now,
+        )
+        self._abort(message.request_id, message.epoch - 1, Cancelled("a newer attempt has begun"))
+        self._scheduler.add(request)
+        positions = mrope_positions(request.num_tokens, request.items, self._merge_size)
+        self._entries[message.request_id] = Entry(request, reply, positions)
+        reply.on_cancel(lambda: self._abort(message.request_id, message.epoch, Cancelled("the asker left")))
+        pull = self._early.take(message.request_id, message.epoch)
+        if pull is not None:
+            self._attach(*pull)
+        self.wake()
+
+    async def _take_embedding(self, message: EmbeddingReady, reply: Reply) -> None:
+        """Bring one embedding here, unless the prefix cache covers its image."""
+        try:
+            entry = self._entry(message.request_id, message.epoch)
+            if not 0 <= message.item_index < len(entry.request.items):
+                raise InternalError(f"request {message.request_id} has no image {message.item_index}")
+            is_needed = message.item_index in self._scheduler.needed_items(message.request_id)
+            item = entry.request.items[message.item_index]
+            rows = await self._fetcher.fetch(message.ref, message.endpoint, item) if is_needed else None
+            if self._entries.get(message.request_id) is not entry:
+                raise StaleHandle(f"request {message.request_id} has ended meanwhile")
+        except EpdError as error:
+            reply.fail(error)
+            return
+        finally:
+            await self._fetcher.release(message.ref)
+        if rows is not None:
+            entry.rows[message.item_index] = rows
+        entry.note_embedding(self.clock())
+        self._scheduler.embedding_ready(message.request_id, message.item_index)
+        reply.send(EmbeddingTaken(fetched=rows is not None))
+        self.wake()
+
+    def _attach(self, message: PullKV, mail: Mail) -> None:
+        """A decode worker has reserved its blocks and pulls. It may be heard before the prompt is."""
+        if message.layout != self._memory.layout:
+            raise StaleHandle("the decode worker's KV layout is another one: both need the same model and block size")
+        entry = self._entries.get(message.request_id)
+        if entry is None or entry.request.epoch < message.epoch:
+            self._early.park(message, mail)
+            return
+        if entry.request.epoch > message.epoch or entry.hand_over is not None:
+            raise StaleHandle(f"request {message.request_id} epoch {message.epoch} is not there to be pulled")
+        entry.hand_over = HandOver(
+            entry.request,
+            mail.reply,
+            sender=self._sender,
+            blocks=self._blocks,
+            memory=self._memory,
+            stream=self._checksum_stream,
+            lease_s=self._lease_s,
+            clock=self.clock,
+            is_local=mail.sender == self._sender.pool.worker,
+        )
+        for finished in entry.finished:
+            entry.hand_over.add(finished)
+        if entry.token is not None:
+            entry.hand_over.end(entry.token)
+        self._scheduler.decode_ready(message.request_id)
+        self.spawn(self._hand_over(entry, entry.hand_over), name=f"hand-over {message.request_id}")
+        self.wake()
+
+    async def _hand_over(self, entry: Entry, hand_over: HandOver) -> None:
+        if await hand_over.run():
+            # Every block is under a lease now; the leases keep what the decode worker has not copied yet.
+            self._forget(entry)
+            self._scheduler.release(entry.request.request_id)
+            self.wake()
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    async def step(self) -> bool:
+        plan = self._scheduler.plan(self.clock(), spare_blocks=self._spare_blocks())
+        for finished in plan.reused:
+            self._entries[finished.request.request_id].add_finished(finished)
+        if not plan.chunks:
+            return False
+        started = self.clock()
+        try:
+            step_plan = StepPlan(tuple(self._sequence(chunk) for chunk in plan.chunks))
+            output = await on_stream(self._stream, self._runner.execute, step_plan)
+        except Exception as error:
+            self._fail_step(plan, error)
+            return True
+        self.busy_s += self.clock() - started
+        self.num_steps += 1
+        self._commit(plan, output)
+        return True
+
+    def _sequence(self, chunk: PrefillChunk) -> SequenceStep:
+        request = chunk.request
+        entry = self._entries[request.request_id]
+        sample = None
+        if chunk.samples:
+            prompt = request.token_ids[: request.num_prompt_tokens]
+            sample = SampleRequest(request.sampling, prompt, request.token_ids[request.num_prompt_tokens :])
+        spans = (
+            EmbeddingSpan(part.chunk_offset, entry.rows[part.item_index][part.first_row : part.first_row + part.num_rows])
+            for part in chunk.item_rows()
+        )
+        return SequenceStep(
+            request_id=request.request_id,
+            token_ids=request.token_ids[chunk.start : chunk.end],
+            num_computed_tokens=chunk.start,
+            positions=entry.positions[:, chunk.start : chunk.end],
+            block_table=np.asarray(request.block_table, dtype=np.int32),
+            embeddings=tuple(spans),
+            sample=sample,
+        )
+
+    def _commit(self, plan: PrefillPlan, output: StepOutput) -> None:
+        now = self.clock()
+        for progress in self._scheduler.commit(plan, output.tokens):
+            entry = self._entries[progress.request.request_id]
+            if progress.blocks is not None:
+                entry.add_finished(progress.blocks)
+            entry.drop_rows(self._scheduler.needed_items(progress.request.request_id))
+            if progress.token is not None:
+                self._finish(entry, progress.token, now)
+
+    def _finish(self, entry: Entry, token: Token, now: float) -> None:
+        request = entry.request
+        entry.token, entry.finished_at = token, now
+        entry.reply.send(
+            Prefilled(request.request_id, request.epoch, token, request.num_cached_tokens, spans=entry.spans(now))
+        )
+        if entry.hand_over is not None:
+            entry.hand_over.end(token)
+        elif token.finish_reason:
+            self._forget(entry)
+            self._scheduler.release(request.request_id)
+
+    def _fail_step(self, plan: PrefillPlan, error: Exception) -> None:
+        """A runner that raises has done so because of what it was given: those requests end, the stage goes on."""
+        self._log.error("a prefill step failed", error=error, num_requests=len(plan.chunks))
+        for request in self._scheduler.fail(plan):
+            self._end(self._entries[request.request_id], InternalError(f"prefill failed: {error}"))
+
+    # --- endings ----------------------------------------------------------------------------------------------------
+
+    def _abort(self, request_id: RequestId, epoch: int, error: EpdError) -> None:
+        self._early.drop(request_id, epoch)
+        entry = self._entries.get(request_id)
+        if entry is not None and entry.request.epoch <= epoch:
+            self._scheduler.abort(request_id)
+            self._end(entry, error)
+            self.wake()
+
+    def _end(self, entry: Entry, error: EpdError) -> None:
+        """Everybody who waits for the request hears of its end."""
+        self._forget(entry)
+        if entry.token is None:
+            entry.reply.fail(error)
+        if entry.hand_over is not None:
+            entry.hand_over.fail(error)
+
+    def _forget(self, entry: Entry) -> None:
+        if self._entries.get(entry.request.request_id) is entry:
+            del self._entries[entry.request.request_id]
+
+    def sweep(self, now: float) -> None:
+        for request_id in self._scheduler.expired(now):
+            self._abort(request_id, self._entries[request_id].request.epoch, DeadlineExceeded("the request ran out of time in prefill"))
+        for entry in list(self._entries.values()):
+            if entry.finished_at is not None and now > entry.finished_at + self._lease_s:
+                self._abort(entry.request.request_id, entry.request.epoch, StaleHandle("nobody fetched the KV in time"))
+        self._early.expire(now)
+        self._blocks.expire(now)
+
+    def _entry(self, request_id: RequestId, epoch: int) -> Entry:
+        entry = self._entries.get(request_id)
+        if entry is None or entry.request.epoch != epoch:
+            raise StaleHandle(f"request {request_id} epoch {epoch} is not being prefilled here")
+        return entry
+
+    async def stopped(self) -> None:
+        self._runner.close()
+        self._receiver.close()
+
+    # --- what others see --------------------------------------------------------------------------------------------
+
+    def load(self) -> StageLoad:
+        return StageLoad(
+            role=self.role,
+            num_waiting=self._scheduler.num_waiting,
+            num_running=self._scheduler.num_running,
+            outstanding_tokens=self._scheduler.outstanding_tokens,
+            num_blocks=self._blocks.num_blocks,
+            num_free_blocks=self._blocks.num_free,
+            num_leases=self._blocks.num_leases,
+            num_cached_blocks=self._blocks.num_cached,
+            cache_hits=self._blocks.cache_hits,
+            cache_queries=self._blocks.cache_queries,
+            is_idle_clean=self.is_clean,
+            busy_s=self.busy_s,
+            num_steps=self.num_steps,
+        )
+
+    def links(self) -> list[LinkLoad]:
+        return self._receiver.links()
+
+    def is_idle(self) -> bool:
+        return self._scheduler.is_idle() and not self._entries and not self._blocks.num_leases and not len(self._early)
+
+    def tables(self) -> list[list[int]]:
+        return [list(table) for table in self._scheduler.tables()]
+
+    def check_integrity(self) -> None:
+        self._scheduler.check_integrity()
+        self._memory.check_integrity()
+        known = {request_id for request_id, entry in self._entries.items() if self._scheduler.get(request_id) is not entry.request}
+        if known:
+            raise InternalError(f"prefill holds entries of requests that its scheduler has forgotten: {sorted(known)}")

@@ -1,0 +1,44 @@
+"""Brings image embeddings from encode workers into this process, as rows that a step can read."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from epd.errors import EpdError, StaleHandle
+from epd.microkernel.system import System
+from epd.step import FloatArray
+from epd.transfer.receiver import Receiver
+from protocol.messages import Address, EmbeddingRef, Endpoint, MMItem, ReleaseLease
+
+
+class EmbeddingFetcher:
+    """Knows the shape of an embedding block: `block_rows` rows of `width` float32 numbers."""
+
+    def __init__(self, system: System, receiver: Receiver, *, block_rows: int, width: int, layout: int) -> None:
+        self._system = system
+        self._receiver = receiver
+        self._block_rows = block_rows
+        self._width = width
+        self._layout = layout
+
+    async def fetch(self, ref: EmbeddingRef, source: Endpoint, item: MMItem) -> FloatArray:
+        """Rows [num_tokens, width] of an item's embedding.
+
+        Raises:
+            StaleHandle, CorruptTransfer, PeerLost: it is to be encoded again.
+        """
+        if ref.layout != self._layout:
+            raise StaleHandle(f"{ref.worker} encodes for another model")
+        if ref.num_tokens != item.num_tokens or len(ref.block_ids) * self._block_rows < ref.num_tokens:
+            raise StaleHandle(f"{ref.worker} has {ref.num_tokens} rows for an image of {item.num_tokens} tokens")
+        blocks = np.empty((len(ref.block_ids), self._block_rows * self._width * 4), dtype=np.uint8)
+        await self._receiver.pull(ref, source, blocks, range(len(ref.block_ids)))
+        rows: FloatArray = blocks.view(np.float32).reshape(-1, self._width)[: ref.num_tokens]
+        return rows
+
+    async def release(self, ref: EmbeddingRef) -> None:
+        """Tell the encode worker that it may evict; it finds out by itself, later, if it does not hear this."""
+        try:
+            await self._system.tell(Address(ref.worker, "encode"), ReleaseLease(ref.lease_id), timeout_s=1.0)
+        except EpdError:
+            pass

@@ -1,0 +1,44 @@
+"""One request here in prefill, as the actor sees it: who waits for it, what it has received, what it has given away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from epd.microkernel.actor import Reply
+from epd.prefill.handover import HandOver
+from epd.prefill.request import FinishedBlocks, PrefillRequest
+from epd.step import FloatArray, Int32Array
+from protocol.messages import Span, Token
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    request: PrefillRequest
+    reply: Reply
+    positions: Int32Array  # [3, num_tokens]
+    rows: dict[int, FloatArray] = field(default_factory=dict)  # item index -> [num_tokens, embedding width]
+    finished: list[FinishedBlocks] = field(default_factory=list)  # told by the scheduler, whether pulled or not
+    hand_over: HandOver | None = None
+    token: Token | None = None
+    finished_at: float | None = None
+    last_embedding_at: float | None = None
+
+    def add_finished(self, blocks: FinishedBlocks) -> None:
+        self.finished.append(blocks)
+        if self.hand_over is not None:
+            self.hand_over.add(blocks)
+
+    def note_embedding(self, now: float) -> None:
+        self.last_embedding_at = now
+
+    def drop_rows(self, needed: tuple[int, ...]) -> None:
+        """Embeddings whose rows have all been computed are of no more use."""
+        for index in [index for index in self.rows if index not in needed]:
+            del self.rows[index]
+
+    def spans(self, now: float) -> tuple[Span, ...]:
+        arrived, admitted = self.request.arrived_at, self.request.admitted_at
+        spans = [Span("prefill queue", 0.0, admitted - arrived), Span("prefill", admitted - arrived, now - arrived)]
+        if self.last_embedding_at is not None:
+            spans.append(Span("embeddings", 0.0, self.last_embedding_at - arrived))
+        return tuple(spans)

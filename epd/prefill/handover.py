@@ -1,0 +1,149 @@
+"""The giving end of a KV hand-off: runs of finished blocks go to the decode worker that pulls them, then the first token.
+
+Each run travels as a `KVRef` under a lease of its own, so that prefill may forget the request as soon as everything was told: the
+leases keep the blocks until they have been copied, or expire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from epd.cache.block_pool import BlockPool
+from epd.clock import Clock
+from epd.errors import EpdError, StaleHandle
+from epd.microkernel.actor import Mail, Reply
+from epd.prefill.request import FinishedBlocks, PrefillRequest
+from epd.stream import on_stream
+from epd.transfer.sender import Sender
+from gpu.backend import Stream
+from gpu.pool import Pool
+from protocol.messages import Handoff, KVChunk, KVRef, PullKV, RequestId, Token
+
+_Event = tuple[FinishedBlocks, int] | Token | EpdError
+
+
+class HandOver:
+    """One request's. `add` and `end` are called as blocks finish; `run` sends."""
+
+    def __init__(
+        self,
+        request: PrefillRequest,
+        reply: Reply,
+        *,
+        sender: Sender,
+        blocks: BlockPool,
+        memory: Pool,
+        stream: Stream,
+        lease_s: float,
+        clock: Clock,
+        is_local: bool,
+    ) -> None:
+        self._request = request
+        self._reply = reply
+        self._sender = sender
+        self._blocks = blocks
+        self._memory = memory
+        self._stream = stream
+        self._lease_s = lease_s
+        self._clock = clock
+        self._is_local = is_local
+        self._events: asyncio.Queue[_Event] = asyncio.Queue()
+        self._unsent: set[int] = set()  # leases of runs that the puller has not been told of
+
+    def add(self, finished: FinishedBlocks) -> None:
+        """These blocks are complete and will not change any more."""
+        # Leased now and not when sent: the request may be aborted in between, and its blocks become somebody else's.
+        lease_id = self._blocks.lease(finished.block_ids, self._clock() + self._lease_s)
+        self._unsent.add(lease_id)
+        self._events.put_nowait((finished, lease_id))
+
+    def end(self, token: Token) -> None:
+        """Prefill is done; all blocks have been added."""
+        self._events.put_nowait(token)
+
+    def fail(self, error: EpdError) -> None:
+        self._events.put_nowait(error)
+
+    async def run(self) -> bool:
+        """Send until the end. False: it was not reached, because the request failed or the puller left."""
+        try:
+            while True:
+                event = await self._events.get()
+                if isinstance(event, EpdError):
+                    self._reply.fail(event)
+                    return False
+                if isinstance(event, Token):
+                    request = self._request
+                    await self._reply.item(Handoff(request.request_id, request.epoch, request.num_tokens, event))
+                    self._reply.end()
+                    return True
+                await self._send(*event)
+        except EpdError:
+            return False  # the puller left: its gateway decides what becomes of the request
+        finally:
+            for lease_id in self._unsent:
+                self._blocks.release(lease_id)
+
+    async def _send(self, finished: FinishedBlocks, lease_id: int) -> None:
+        """One run of blocks. In one process nothing is copied, so there is nothing to check."""
+        checksums: list[int] = []
+        if not self._is_local:
+            checksums = await on_stream(self._stream, self._memory.checksum, finished.block_ids)
+        ref = KVRef(
+            worker=self._sender.pool.worker,
+            generation=self._sender.pool.generation,
+            layout=self._sender.pool.layout,
+            lease_id=lease_id,
+            lease_s=self._lease_s,
+            request_id=self._request.request_id,
+            epoch=self._request.epoch,
+            first_block=finished.first_block,
+            block_ids=finished.block_ids,
+            checksums=tuple(checksums),
+        )
+        await self._reply.item(KVChunk(ref))
+        self._unsent.discard(lease_id)  # from here on the puller releases it, or it expires
+
+
+class EarlyPulls:
+    """Pulls that were heard before their prompt: the two come over different links."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._parked: dict[RequestId, tuple[PullKV, Mail, float]] = {}
+
+    def __len__(self) -> int:
+        return len(self._parked)
+
+    def park(self, message: PullKV, mail: Mail) -> None:
+        older = self._parked.pop(message.request_id, None)
+        if older is not None:
+            older[1].reply.fail(StaleHandle("a newer attempt pulls"))
+        self._parked[message.request_id] = (message, mail, self._clock() + message.deadline_s)
+        mail.reply.on_cancel(self._dropper(message.request_id, message.epoch))
+
+    def take(self, request_id: RequestId, epoch: int) -> tuple[PullKV, Mail] | None:
+        """The pull that waits for this attempt; one for an older attempt is refused."""
+        parked = self._parked.get(request_id)
+        if parked is None or parked[0].epoch > epoch:
+            return None
+        del self._parked[request_id]
+        if parked[0].epoch < epoch:
+            parked[1].reply.fail(StaleHandle(f"request {request_id} is at attempt {epoch} by now"))
+            return None
+        return parked[0], parked[1]
+
+    def drop(self, request_id: RequestId, epoch: int) -> None:
+        parked = self._parked.get(request_id)
+        if parked is not None and parked[0].epoch <= epoch:
+            del self._parked[request_id]
+            parked[1].reply.fail(StaleHandle(f"request {request_id} has ended"))
+
+    def expire(self, now: float) -> None:
+        for request_id, (message, _, deadline) in list(self._parked.items()):
+            if deadline <= now:
+                self.drop(request_id, message.epoch)
+
+    def _dropper(self, request_id: RequestId, epoch: int) -> Callable[[], None]:
+        return lambda: self.drop(request_id, epoch)

@@ -1,0 +1,111 @@
+"""What the three stage actors have in common: a loop that steps while there is work, and a sweep that lets nothing stay for ever.
+
+A stage actor is the I/O shell round a pure scheduler. It answers messages, drives the runner on its own stream, and reports load.
+It does not decide: what runs next is its scheduler's word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from typing import ClassVar
+
+from epd.clock import Clock
+from epd.errors import InternalError, Unavailable
+from epd.log import Log
+from epd.microkernel.actor import Actor, Mail
+from protocol.messages import LinkLoad, StageLoad
+
+SWEEP_S = 0.5
+
+
+class StageActor(Actor):
+    """Base of encode, prefill and decode. A subclass gives `step`, `sweep`, `load` and its messages."""
+
+    role: ClassVar[str]
+
+    def __init__(self, *, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+        self.busy_s = 0.0
+        self.num_steps = 0
+        self.is_draining = False
+        self.is_clean = True
+        self._wake = asyncio.Event()
+        self._went_idle = asyncio.Event()
+        self._log = Log(self.role)
+
+    async def started(self) -> None:
+        self.spawn(self._loop(), name=f"{self.role} loop")
+        self.spawn(self._sweep(), name=f"{self.role} sweep")
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._wake.set()
+
+    async def idle(self) -> None:
+        """Wait until nothing runs, waits or is leased. Its bound is the caller's."""
+        while not self.is_idle():
+            self._went_idle.clear()
+            await self._went_idle.wait()
+
+    def refuse_if_draining(self) -> None:
+        if self.is_draining:
+            raise Unavailable(f"this {self.role} worker is leaving: ask another one")
+
+    @abstractmethod
+    async def receive(self, mail: Mail) -> None: ...
+
+    @abstractmethod
+    async def step(self) -> bool:
+        """Do one step of work. False: there is nothing to do until something wakes the loop."""
+
+    @abstractmethod
+    def sweep(self, now: float) -> None:
+        """Let go of what has expired."""
+
+    @abstractmethod
+    def load(self) -> StageLoad: ...
+
+    @abstractmethod
+    def links(self) -> list[LinkLoad]: ...
+
+    @abstractmethod
+    def is_idle(self) -> bool:
+        """Nothing runs, waits or is leased."""
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Raises when a table, pool or cache contradicts itself."""
+
+    async def evacuate(self) -> None:
+        """Send away what can go on elsewhere; what cannot fails with this worker's end and is tried again by its gateway."""
+
+    async def _loop(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while await self.step():
+                # A step that had nothing to await would keep the mailbox from being read.
+                await asyncio.sleep(0)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self.sweep(self.clock())
+            if self.is_idle():
+                self._went_idle.set()
+                self._prove()
+            self.wake()
+
+    def _prove(self) -> None:
+        try:
+            self.check_integrity()
+        except Exception as error:
+            if self.is_clean:
+                self._log.error("integrity check failed at idle", error=error)
+            self.is_clean = False
+
+
+def unexpected(actor: StageActor, mail: Mail) -> InternalError:
+    return InternalError(f"the {actor.role} stage was sent {type(mail.message).__name__}")
