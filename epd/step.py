@@ -6,6 +6,7 @@ blocks of `block_table`, and for the sequences that have reached their last know
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -96,8 +97,14 @@ class TextRunner(Protocol):
 
 
 class VisionRunner(Protocol):
-    """What encode drives."""
+    """What encode drives: files to patches on one stream, patches to rows on another, of different images at the same time."""
 
-    def encode(self, images: tuple[ImageInput, ...]) -> EncodeOutput: ...
+    def preprocess(self, image: ImageInput) -> FloatArray | Exception:
+        """Patches [num_patches, patch_width] of one image, or what is wrong with it."""
+
+    def encode_patches(
+        self, patches: Sequence[FloatArray | Exception], grids: Sequence[tuple[int, int, int]]
+    ) -> tuple[FloatArray | Exception, ...]:
+        """Per image its rows [num_tokens, (1 + num_deepstack) * hidden_size], or the exception it came with."""
 
     def close(self) -> None: ...

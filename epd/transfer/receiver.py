@@ -9,6 +9,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from epd.clock import Clock
 from epd.errors import CorruptTransfer, InternalError, StaleHandle
 from epd.log import Log
@@ -16,8 +18,20 @@ from epd.microkernel.system import System
 from epd.stream import on_stream
 from epd.transfer.plan import Ref, Rung, best_rung, check_handle, kind_of, pieces
 from gpu.backend import Backend, Stream
-from gpu.pool import CannotMap, ChecksumMismatch, MappedPool, Pool, PoolExport, copy_out, verify
-from protocol.messages import Address, BlocksFetched, DescribePool, Endpoint, FetchBlocks, LinkLoad, PoolDescribed, PoolRef, WorkerId
+from gpu.copy import Bytes, checksum_blocks, copy_checked
+from gpu.errors import CannotMap, PoolClosed
+from gpu.pool import MappedPool, Pool, PoolExport, check_ids
+from protocol.messages import (
+    Address,
+    BlocksFetched,
+    DescribePool,
+    Endpoint,
+    FetchBlocks,
+    LinkLoad,
+    PoolDescribed,
+    PoolRef,
+    WorkerId,
+)
 
 DESCRIBE_TIMEOUT_S = 5.0
 FETCH_TIMEOUT_S = 30.0
@@ -58,8 +72,8 @@ class Receiver:
         self._describing: dict[tuple[WorkerId, str], asyncio.Lock] = {}
         self._figures: dict[WorkerId, _LinkFigures] = {}
 
-    async def pull(self, ref: Ref, source: Endpoint, out: Sequence[memoryview]) -> None:
-        """Copy the blocks of `ref` into `out`, one writable view per block, and check every block's checksum.
+    async def pull(self, ref: Ref, source: Endpoint, dst: Bytes, dst_ids: Sequence[int]) -> None:
+        """Copy the blocks of `ref` to rows `dst_ids` of `dst`, uint8 [n, block_bytes], and check every block's checksum.
 
         Raises:
             StaleHandle: the handle does not fit the worker's pool, or its lease has ended.
@@ -70,17 +84,17 @@ class Receiver:
         local = self._local.get(ref.generation)
         if local is not None:
             rung = Rung.LOCAL
-            await self._copy(local, ref, out)
+            await self._copy(local, ref, dst, dst_ids)
         else:
             self._system.introduce(source)
             known = await self._source(ref, source)
             rung = Rung.MAPPED if known.mapped is not None else Rung.SOCKET
             check_handle(ref, known.pool)
             if known.mapped is not None:
-                await self._read_mapped(known, known.mapped, ref, out)
+                await self._read_mapped(known, known.mapped, ref, dst, dst_ids)
             else:
-                await self._fetch(ref, known.pool, out)
-        self._count(source.worker, rung, ref, out, started)
+                await self._fetch(ref, known.pool, dst, dst_ids)
+        self._count(source.worker, rung, len(dst_ids) * dst.shape[1], started)
 
     def is_local(self, ref: Ref) -> bool:
         """Whether the handle points into a pool of this process."""
@@ -107,31 +121,36 @@ class Receiver:
 
     # --- rungs ------------------------------------------------------------------------------------------------------
 
-    async def _copy(self, pool: Pool | MappedPool, ref: Ref, out: Sequence[memoryview]) -> None:
+    async def _copy(self, pool: Pool | MappedPool, ref: Ref, dst: Bytes, dst_ids: Sequence[int]) -> None:
         try:
-            await on_stream(self._stream, copy_out, pool, ref.block_ids, out, ref.checksums)
-        except ChecksumMismatch as error:
-            raise CorruptTransfer(f"block {error.index} of {len(out)} from {ref.worker} does not have its checksum") from error
+            wrong = await on_stream(self._stream, _copy_and_check, pool, ref.block_ids, dst, dst_ids, ref.checksums)
+        except PoolClosed as error:
+            raise StaleHandle(f"the pool of {ref.worker} has been closed") from error
+        self._refuse_wrong(wrong, ref)
 
-    async def _read_mapped(self, source: _Source, mapped: MappedPool, ref: Ref, out: Sequence[memoryview]) -> None:
+    async def _read_mapped(self, source: _Source, mapped: MappedPool, ref: Ref, dst: Bytes, dst_ids: Sequence[int]) -> None:
         source.num_readers += 1  # a mapping is not undone under a copy
         try:
-            await self._copy(mapped, ref, out)
+            await self._copy(mapped, ref, dst, dst_ids)
         finally:
             source.num_readers -= 1
             if source.is_dropped and source.num_readers == 0:
                 mapped.close()
 
-    async def _fetch(self, ref: Ref, pool: PoolRef, out: Sequence[memoryview]) -> None:
+    async def _fetch(self, ref: Ref, pool: PoolRef, dst: Bytes, dst_ids: Sequence[int]) -> None:
+        """Blocks over the link, received straight into where they belong."""
         to = Address(ref.worker, _actor_of(ref))
+        out = [memoryview(dst[dst_id]) for dst_id in dst_ids]
         for piece in pieces(ref.block_ids, pool.block_bytes):
             message = FetchBlocks(kind_of(ref), ref.generation, ref.lease_id, ref.block_ids[piece])
             answer = await self._system.ask(to, message, timeout_s=FETCH_TIMEOUT_S, into=out[piece])
             if not isinstance(answer.message, BlocksFetched):
                 raise InternalError(f"{ref.worker} answered a fetch with {type(answer.message).__name__}")
-        wrong = await on_stream(self._stream, verify, out, ref.checksums)
-        if wrong is not None:
-            raise CorruptTransfer(f"block {wrong} of {len(out)} from {ref.worker} does not have its checksum")
+        self._refuse_wrong(await on_stream(self._stream, _check, dst, dst_ids, ref.checksums), ref)
+
+    def _refuse_wrong(self, wrong: int, ref: Ref) -> None:
+        if wrong >= 0:
+            raise CorruptTransfer(f"block {wrong} of {len(ref.block_ids)} from {ref.worker} does not have its checksum")
 
     # --- sources ----------------------------------------------------------------------------------------------------
 
@@ -179,16 +198,28 @@ class Receiver:
         if source.mapped is not None and source.num_readers == 0:
             source.mapped.close()
 
-    def _count(self, worker: WorkerId, rung: Rung, ref: Ref, out: Sequence[memoryview], started: float) -> None:
+    def _count(self, worker: WorkerId, rung: Rung, num_bytes: int, started: float) -> None:
         figures = self._figures.setdefault(worker, _LinkFigures(rung))
         figures.rung = rung
         figures.num_transfers += 1
-        figures.num_bytes += sum(view.nbytes for view in out)
+        figures.num_bytes += num_bytes
         figures.transfer_s += self._clock() - started
+
+
+# Both run on the stream's thread and return the place of the first wrong block, or -1.
+
+
+def _copy_and_check(
+    src: Pool | MappedPool, src_ids: Sequence[int], dst: Bytes, dst_ids: Sequence[int], checksums: Sequence[int]
+) -> int:
+    sums = np.asarray(checksums, dtype=np.uint64)
+    return copy_checked(src.blocks, check_ids(src_ids, src.num_blocks), dst, np.asarray(dst_ids, dtype=np.int64), sums)
+
+
+def _check(dst: Bytes, dst_ids: Sequence[int], checksums: Sequence[int]) -> int:
+    found = checksum_blocks(dst, np.asarray(dst_ids, dtype=np.int64))
+    return next((place for place, (is_, should) in enumerate(zip(found, checksums, strict=True)) if is_ != should), -1)
 
 
 def _actor_of(ref: Ref) -> str:
     return "prefill" if kind_of(ref) == "kv" else "encode"
-
-
-

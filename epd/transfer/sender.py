@@ -6,8 +6,8 @@ Knows: the pool's memory and its block numbers. Does not know: what the blocks h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from epd.cache.block_pool import BlockPool
 from epd.clock import Clock
 from epd.errors import StaleHandle
 from epd.microkernel.actor import Mail
@@ -24,10 +24,20 @@ from protocol.messages import (
 )
 
 
+class LeaseHolder(Protocol):
+    """A block pool or an encoder cache."""
+
+    def owns(self, lease_id: int, block_ids: Sequence[int]) -> bool: ...
+
+    def renew(self, lease_id: int, expires_at: float) -> bool: ...
+
+    def release(self, lease_id: int) -> bool: ...
+
+
 class Sender:
     """Serves one pool of one stage actor."""
 
-    def __init__(self, worker: WorkerId, kind: str, memory: Pool, blocks: BlockPool, clock: Clock) -> None:
+    def __init__(self, worker: WorkerId, kind: str, memory: Pool, blocks: LeaseHolder, clock: Clock) -> None:
         export = memory.export()
         self.pool = PoolRef(
             worker=worker,

@@ -1,0 +1,242 @@
+"""The encode stage: images in, embeddings out.
+
+The I/O shell round `EncodeBatcher` and `EncoderCache`. Two streams work side by side: one turns image files into patches for the
+next batch while the other runs the vision tower on this one.
+
+Owns: who waits for which image, and the embedding pool's memory. Does not know: prompts, requests beyond their name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from epd.cache.encoder_cache import Embedding, EncoderCache
+from epd.clock import Clock
+from epd.encode.batcher import EncodeBatcher, EncodeJob, Waiter
+from epd.errors import BadImage, DeadlineExceeded, EpdError, InternalError
+from epd.microkernel.actor import Mail, Reply
+from epd.stage import StageActor, unexpected
+from epd.step import FloatArray, ImageInput, VisionRunner
+from epd.stream import on_stream
+from epd.transfer.sender import Sender
+from gpu.backend import Stream
+from gpu.pool import Pool
+from protocol.messages import Abort, EmbeddingRef, Encode, Encoded, LinkLoad, RequestId, Span, StageLoad
+
+_Patches = FloatArray | Exception
+
+
+class EncodeActor(StageActor):
+    """One per encode worker."""
+
+    role = "encode"
+
+    def __init__(
+        self,
+        *,
+        batcher: EncodeBatcher,
+        cache: EncoderCache,
+        memory: Pool,
+        sender: Sender,
+        runner: VisionRunner,
+        stream: Stream,
+        preprocess_stream: Stream,
+        block_rows: int,
+        width: int,
+        lease_s: float,
+        clock: Clock,
+    ) -> None:
+        super().__init__(clock=clock)
+        self._batcher = batcher
+        self._cache = cache
+        self._memory = memory
+        self._sender = sender
+        self._runner = runner
+        self._stream = stream
+        self._preprocess_stream = preprocess_stream
+        self._rows = memory.array(np.float32, (block_rows, width)).reshape(memory.num_blocks, block_rows, width)
+        self._lease_s = lease_s
+        self._images: dict[str, bytes | memoryview] = {}  # of queued and running jobs, by mm_hash
+        self._replies: dict[Waiter, list[tuple[Reply, float]]] = {}  # and when each was asked
+        self._running: asyncio.Task[None] | None = None
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    async def receive(self, mail: Mail) -> None:
+        match mail.message:
+            case Encode() as message:
+                self._add(message, mail)
+            case Abort(request_id=request_id, epoch=epoch):
+                self._abort(request_id, epoch)
+            case _:
+                if not self._sender.handle(mail):
+                    raise unexpected(self, mail)
+                self.wake()  # a released lease may have made room
+
+    def _add(self, message: Encode, mail: Mail) -> None:
+        self.refuse_if_draining()
+        item, now = message.item, self.clock()
+        embedding = self._cache.get(item.mm_hash)
+        if embedding is not None:
+            mail.reply.send(self._encoded(message.request_id, embedding, (), cached=True))
+            return
+        if len(mail.buffers) != 1:
+            raise InternalError(f"an image came in {len(mail.buffers)} buffers")
+        if self._cache.num_blocks_of(item.num_tokens) > self._cache.num_blocks:
+            raise BadImage(f"an image of {item.num_tokens} tokens is more than this server's embedding pool holds: send a smaller one")
+        job = self._batcher.add(message.request_id, message.epoch, item, now + message.deadline_s)
+        self._images.setdefault(item.mm_hash, mail.buffers[0])
+        self._replies.setdefault(job.waiters[-1], []).append((mail.reply, now))
+        mail.reply.on_cancel(lambda: self._abort(message.request_id, message.epoch))
+        self.wake()
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    async def step(self) -> bool:
+        """Turn the next batch into patches, then start the vision tower on it as soon as the one before is done."""
+        batch = self._batcher.next_batch(lambda item: self._cache.reserve(item.mm_hash, item.num_tokens) is not None)
+        if not batch:
+            return False
+        picked_at = self.clock()
+        patches: list[_Patches] = []
+        for job in batch:
+            item = job.item
+            image = ImageInput(job.mm_hash, self._images[job.mm_hash], (item.grid_t, item.grid_h, item.grid_w), item.num_tokens)
+            try:
+                patches.append(await on_stream(self._preprocess_stream, self._runner.preprocess, image))
+            except Exception as error:
+                patches.append(error)
+        if self._running is not None:
+            await asyncio.wait([self._running])
+        self._running = self.spawn(self._run(batch, patches, picked_at), name="encode step")
+        return True
+
+    async def _run(self, batch: Sequence[EncodeJob], patches: Sequence[_Patches], picked_at: float) -> None:
+        started = self.clock()
+        try:
+            stored = await on_stream(self._stream, self._encode_and_store, batch, patches, self._reserved(batch))
+        except Exception as error:
+            self._log.error("an encode step failed", error=error, num_images=len(batch))
+            stored = [error] * len(batch)
+        now = self.clock()
+        self.busy_s += now - started
+        self.num_steps += 1
+        for job, checksums in zip(batch, stored, strict=True):
+            self._images.pop(job.mm_hash, None)
+            waiters = self._batcher.finish(job.mm_hash)
+            if isinstance(checksums, Exception):
+                self._cache.fail(job.mm_hash)
+                self._fail(waiters, checksums)
+            else:
+                embedding = self._cache.fill(job.mm_hash, checksums)
+                self._answer(waiters, embedding, picked_at, started, now)
+        self.wake()
+
+    def _reserved(self, batch: Sequence[EncodeJob]) -> list[tuple[int, ...]]:
+        return [self._cache.pending_blocks(job.mm_hash) for job in batch]
+
+    def _encode_and_store(
+        self, batch: Sequence[EncodeJob], patches: Sequence[_Patches], block_ids: Sequence[tuple[int, ...]]
+    ) -> list[list[int] | Exception]:
+        """On the stream: rows into the pool; per image the checksums of its blocks, or what went wrong with it."""
+        grids = [(job.item.grid_t, job.item.grid_h, job.item.grid_w) for job in batch]
+        return [
+            rows if isinstance(rows, Exception) else self._store(rows, ids)
+            for rows, ids in zip(self._runner.encode_patches(patches, grids), block_ids, strict=True)
+        ]
+
+    def _store(self, rows: FloatArray, block_ids: Sequence[int]) -> list[int]:
+        block_rows = self._rows.shape[1]
+        for place, block_id in enumerate(block_ids):
+            part = rows[place * block_rows : (place + 1) * block_rows]
+            self._rows[block_id, : len(part)] = part
+            self._rows[block_id, len(part) :] = 0.0  # what the checksum covers is the same every time
+        return self._memory.checksum(block_ids)
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+
+    def _answer(self, waiters: Sequence[Waiter], embedding: Embedding, picked_at: float, started: float, now: float) -> None:
+        for waiter in waiters:
+            for reply, asked in self._replies.pop(waiter, ()):
+                spans = (
+                    Span("encode queue", 0.0, max(0.0, picked_at - asked)),
+                    Span("preprocess", max(0.0, picked_at - asked), started - asked),
+                    Span("encode", started - asked, now - asked),
+                )
+                if not reply.cancelled:
+                    reply.send(self._encoded(waiter.request_id, embedding, spans, cached=False))
+
+    def _encoded(self, request_id: RequestId, embedding: Embedding, spans: tuple[Span, ...], *, cached: bool) -> Encoded:
+        """Every handle has a lease of its own: whoever gets it may fetch until it is released or expires."""
+        pool = self._sender.pool
+        ref = EmbeddingRef(
+            worker=pool.worker,
+            generation=pool.generation,
+            layout=pool.layout,
+            lease_id=self._cache.lease(embedding.mm_hash, self.clock() + self._lease_s),
+            lease_s=self._lease_s,
+            mm_hash=embedding.mm_hash,
+            num_tokens=embedding.num_tokens,
+            block_ids=embedding.block_ids,
+            checksums=embedding.checksums,
+        )
+        return Encoded(request_id, ref, cached, spans)
+
+    def _fail(self, waiters: Sequence[Waiter], error: Exception) -> None:
+        answer = error if isinstance(error, EpdError) else InternalError(f"encoding failed: {error}")
+        for waiter in waiters:
+            for reply, _ in self._replies.pop(waiter, ()):
+                reply.fail(answer)
+
+    def _abort(self, request_id: RequestId, epoch: int) -> None:
+        for waiter in self._batcher.abort(request_id, epoch):
+            self._replies.pop(waiter, None)
+        self._drop_images()
+
+    def _drop_images(self) -> None:
+        """Forget the files of images that nobody waits for any more."""
+        for mm_hash in [mm_hash for mm_hash in self._images if not self._batcher.has(mm_hash)]:
+            del self._images[mm_hash]
+
+    def sweep(self, now: float) -> None:
+        for waiter in self._batcher.expire(now):
+            for reply, _ in self._replies.pop(waiter, ()):
+                reply.fail(DeadlineExceeded("the request ran out of time in encode"))
+        self._drop_images()
+        self._cache.expire(now)
+
+    async def stopped(self) -> None:
+        self._runner.close()
+
+    # --- what others see --------------------------------------------------------------------------------------------
+
+    def load(self) -> StageLoad:
+        return StageLoad(
+            role=self.role,
+            num_waiting=self._batcher.num_waiting,
+            num_running=self._batcher.num_in_flight,
+            outstanding_patches=self._batcher.outstanding_patches,
+            num_blocks=self._cache.num_blocks,
+            num_free_blocks=self._cache.num_free_blocks,
+            num_leases=self._cache.num_leases,
+            num_cached_blocks=self._cache.num_cached_blocks,
+            cache_hits=self._cache.cache_hits,
+            cache_queries=self._cache.cache_queries,
+            is_idle_clean=self.is_clean,
+            busy_s=self.busy_s,
+            num_steps=self.num_steps,
+        )
+
+    def links(self) -> list[LinkLoad]:
+        return []  # encode sends and never pulls
+
+    def is_idle(self) -> bool:
+        return self._batcher.is_idle() and self._cache.is_idle() and not self._replies and not self._images
+
+    def check_integrity(self) -> None:
+        self._batcher.check_integrity()
+        self._cache.check_integrity()
+        self._memory.check_integrity()

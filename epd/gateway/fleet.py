@@ -1,0 +1,221 @@
+"""The workers of this gateway's cluster: who is there, with what load, and which of them takes a piece of work.
+
+An actor at the address "directory": workers join, report their load and leave; a lost link removes a worker at once. Choosing is
+`Placement`'s; waiting until there is somebody to choose is done here.
+
+Owns: the members. Knows: endpoints, roles, reports. Does not know: what a request is made of beyond its tokens and images.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from epd.cache.prefix import block_hashes
+from epd.clock import Clock
+from epd.errors import InternalError, Refused, Unavailable
+from epd.gateway.placement import Assignment, Placement, WorkerView
+from epd.log import Log
+from epd.metrics import MemberLoad
+from epd.microkernel.actor import Actor, Mail
+from epd.request import GenerateRequest
+from protocol.messages import Endpoint, Join, Joined, Leave, LinkLoad, MMItem, ReportLoad, StageLoad, WorkerId
+
+STAGES = ("encode", "prefill", "decode")
+MAX_WAIT_FOR_WORKER_S = 30.0  # long enough for a worker that died to be started again
+MAX_HASHED_BLOCKS = 4096  # of a prompt, for finding who has its prefix cached
+_log = Log("fleet")
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Member:
+    """A worker that has joined."""
+
+    join: Join
+    joined_at: float
+    stages: tuple[StageLoad, ...]
+    links: tuple[LinkLoad, ...] = ()
+    is_draining: bool = False
+    reported_at: float = field(default=0.0)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self.join.endpoint
+
+
+class Placed:
+    """The workers of one attempt. `release` when it has ended, whichever way."""
+
+    def __init__(self, placement: Placement, prefill: Endpoint, decode: Endpoint, assignments: tuple[Assignment, Assignment]) -> None:
+        self.prefill = prefill
+        self.decode = decode
+        self._placement = placement
+        self._of_prefill, self._of_decode = assignments
+        self._is_prefilled = False
+
+    def prefilled(self) -> None:
+        """The prefill worker is done with it."""
+        self._is_prefilled = True
+        self._placement.end(self._of_prefill)
+
+    def release(self, *, failed: bool = False) -> None:
+        self._placement.end(self._of_prefill, failed=failed and not self._is_prefilled)
+        self._placement.end(self._of_decode, failed=failed)
+
+
+class Fleet(Actor):
+    """`model` and `layout` are what a worker must serve to be let in. `needs_encode`: the model takes images."""
+
+    def __init__(self, placement: Placement, *, model: str, layout: int, block_size: int, needs_encode: bool, clock: Clock) -> None:
+        super().__init__()
+        self._placement = placement
+        self._model = model
+        self._layout = layout
+        self._block_size = block_size
+        self._roles = STAGES if needs_encode else STAGES[1:]
+        self._clock = clock
+        self._members: dict[WorkerId, Member] = {}
+        self._changed = asyncio.Event()
+
+    # --- membership -------------------------------------------------------------------------------------------------
+
+    async def receive(self, mail: Mail) -> None:
+        match mail.message:
+            case Join() as join:
+                self._admit(join)
+                mail.reply.send(Joined(self.system.endpoint))
+            case ReportLoad() as report:
+                self._update(report)
+            case Leave(worker=worker):
+                self._remove(worker, "it has left")
+            case other:
+                raise InternalError(f"the directory was sent {type(other).__name__}")
+
+    def _admit(self, join: Join) -> None:
+        worker = join.endpoint.worker
+        if join.layout != self._layout:
+            raise Refused(
+                f"worker {worker} serves {join.model} with block size {join.block_size}, this cluster {self._model} with {self._block_size}: "
+                "start it with the same --model, --load-format and --block-size"
+            )
+        now = self._clock()
+        loads = tuple(StageLoad(role) for role in join.roles)
+        self._members[worker] = Member(join, now, loads, reported_at=now)
+        if worker != self.address.worker:
+            self.system.introduce(join.endpoint)
+            self.system.watch(worker, lambda lost: self._remove(lost, "its link is lost"))
+        _log.info("worker joined", worker=worker, roles=",".join(join.roles))
+        self._members_changed()
+
+    def _update(self, report: ReportLoad) -> None:
+        member = self._members.get(report.worker)
+        if member is None:
+            return  # it has just been removed; it will join again
+        member.stages, member.links = report.stages, report.links
+        member.is_draining, member.reported_at = report.draining, self._clock()
+        self._members_changed()
+
+    def _remove(self, worker: WorkerId, reason: str) -> None:
+        if self._members.pop(worker, None) is not None:
+            _log.info("worker is gone", worker=worker, reason=reason)
+            self._placement.forget(worker)
+            self._members_changed()
+
+    def _members_changed(self) -> None:
+        self._placement.update(
+            WorkerView(worker, member.stages, is_draining=member.is_draining) for worker, member in self._members.items()
+        )
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # --- choosing ---------------------------------------------------------------------------------------------------
+
+    async def place(self, token_ids: tuple[int, ...], request: GenerateRequest, *, avoid: frozenset[WorkerId], timeout_s: float) -> Placed:
+        """Choose a prefill and a decode worker; waits, within bounds, until there is one of each.
+
+        Raises:
+            Unavailable: nobody came.
+        """
+        prefix = np.asarray(token_ids[: MAX_HASHED_BLOCKS * self._block_size], dtype=np.int32)
+        items = [image.item for image in request.images]
+        hashes = block_hashes(prefix, items, self._block_size, request.cache_salt)
+
+        def choose() -> Placed:
+            of_prefill = self._placement.place_prefill(hashes, len(token_ids), avoid=avoid)
+            try:
+                of_decode = self._placement.place_decode(hashes, len(token_ids), near=of_prefill.worker, avoid=avoid)
+            except Unavailable:
+                self._placement.end(of_prefill, failed=True)
+                raise
+            prefill, decode = self._members[of_prefill.worker].endpoint, self._members[of_decode.worker].endpoint
+            return Placed(self._placement, prefill, decode, (of_prefill, of_decode))
+
+        return await self._when_possible(choose, timeout_s)
+
+    @asynccontextmanager
+    async def encoder(self, item: MMItem, *, avoid: frozenset[WorkerId], timeout_s: float) -> AsyncIterator[Endpoint]:
+        """An encode worker for one image, counted as busy with it meanwhile."""
+        assignment = await self._when_possible(lambda: self._placement.place_encode(item, avoid=avoid), timeout_s)
+        failed = True
+        try:
+            yield self._members[assignment.worker].endpoint
+            failed = False
+        finally:
+            self._placement.end(assignment, failed=failed)
+
+    async def _when_possible(self, choose: Callable[[], T], timeout_s: float) -> T:
+        deadline = self._clock() + min(timeout_s, MAX_WAIT_FOR_WORKER_S)
+        while True:
+            changed = self._changed
+            try:
+                return choose()
+            except Unavailable:
+                left = deadline - self._clock()
+                if left <= 0:
+                    raise
+                try:
+                    await asyncio.wait_for(changed.wait(), left)
+                except TimeoutError:
+                    continue  # and fail with what is missing
+
+    def is_alive(self, worker: WorkerId) -> bool:
+        return worker in self._members
+
+    # --- what others see --------------------------------------------------------------------------------------------
+
+    def missing_roles(self) -> tuple[str, ...]:
+        """Roles that a request needs and nobody can be given work of."""
+        return tuple(role for role in self._roles if not self._placement.candidates(role))
+
+    def members(self) -> list[MemberLoad]:
+        return [(worker, member.stages, member.links) for worker, member in self._members.items()]
+
+    def describe(self) -> dict[str, object]:
+        """Topology, load and links as plain JSON values."""
+        now = self._clock()
+        return {"workers": [_describe(member, now) for _, member in sorted(self._members.items())]}
+
+    def check_integrity(self) -> None:
+        self._placement.check_integrity()
+
+
+def _describe(member: Member, now: float) -> dict[str, object]:
+    join = member.join
+    return {
+        "worker": join.endpoint.worker,
+        "roles": list(join.roles),
+        "pid": join.pid,
+        "device": join.device,
+        "address": f"{join.endpoint.host}:{join.endpoint.port}",
+        "is_draining": member.is_draining,
+        "joined_s_ago": round(now - member.joined_at, 3),
+        "reported_s_ago": round(now - member.reported_at, 3),
+        "stages": [{name: getattr(stage, name) for name in stage.__struct_fields__} for stage in member.stages],
+        "links": [{name: getattr(link, name) for name in link.__struct_fields__} for link in member.links],
+    }
