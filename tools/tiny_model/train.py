@@ -38,7 +38,8 @@ from tools.tiny_model.tokenizer import (
 )
 
 _EMA_DECAY = 0.995
-_TEXT_LOSS_WEIGHT = 0.5
+_END_WEIGHT = 5.0
+_TEXT_LOSS_WEIGHT = 1.0
 _TWO_IMAGE_LOSS_WEIGHT = 0.7
 
 
@@ -73,6 +74,7 @@ class Trainer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._tokenizer = _tokenizer(settings.work_dir)
+        self._end = self._tokenizer.get_vocab()[IM_END]
         self._batches = BatchMaker(self._tokenizer, seed=settings.seed, mix=settings.mix)
         self._model = Qwen3VLForConditionalGeneration(bundled_config(self._tokenizer))
         self._heads = CellHeads(num_features=1 + len(self._model.model.visual.deepstack_visual_indexes))
@@ -110,7 +112,7 @@ class Trainer:
         losses: dict[str, float] = {}
         for batch in self._batches.training(self._step):
             logits, features = answer_logits(self._model, batch)
-            loss = F.cross_entropy(logits, batch.tokens[batch.answers])
+            loss = self._answer_loss(logits, batch.tokens[batch.answers])
             name = _name(batch)
             losses[name] = round(loss.item(), 4)
             loss = loss * {"text": _TEXT_LOSS_WEIGHT, "pair": _TWO_IMAGE_LOSS_WEIGHT}.get(name, 1.0)
@@ -124,6 +126,11 @@ class Trainer:
             optimiser.step()
         self._ema.update_parameters(self._model)
         return losses
+
+    def _answer_loss(self, logits: Tensor, expected: Tensor) -> Tensor:
+        """Mean cross entropy; where to stop is one token of a long count and the hardest, so it weighs more."""
+        weights = torch.where(expected == self._end, _END_WEIGHT, 1.0)
+        return (F.cross_entropy(logits, expected, reduction="none") * weights).sum() / weights.sum()
 
     @torch.no_grad()
     def _accuracy(self) -> dict[str, float]:
