@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
 from gpu.kernels.checks import expect
 from gpu.kernels.compiler import kernel
+from gpu.kernels.fast_exp import fast_exp
 
 Float = npt.NDArray[np.float32]
+
+_ONE = np.float32(1.0)
 
 
 def silu_mul(gate_up: Float, out: Float) -> None:
@@ -28,4 +29,4 @@ def _silu_mul(gate_up: Float, out: Float) -> None:
     for row in range(out.shape[0]):
         for i in range(width):
             gate = gate_up[row, i]
-            out[row, i] = gate / (np.float32(1.0) + np.float32(math.exp(-gate))) * gate_up[row, width + i]
+            out[row, i] = gate / (_ONE + fast_exp(-gate)) * gate_up[row, width + i]
