@@ -242,9 +242,14 @@ class Connection:
         return self._writer.has_data
 
     @property
-    def queued_bytes(self) -> int:
-        """Of messages that data_to_send() has not returned yet."""
-        return self._writer.queued_bytes
+    def next_bytes(self) -> int:
+        """Bytes of what data_to_send() would return now."""
+        return self._writer.next_bytes
+
+    @property
+    def backlog_bytes(self) -> int:
+        """Small frames that data_to_send() has not returned yet."""
+        return self._writer.small_bytes
 
     @property
     def num_unfinished(self) -> int:

@@ -29,13 +29,11 @@ class FrameWriter:
         self._turns: deque[_Transfer] = deque()  # announced: a chunk is due
         self._waiting: deque[_Transfer] = deque()  # not announced yet: enough is in transit
         self._transit_bytes = 0
-        self._transfer_bytes = 0
 
     def send(self, kind: int, frame_id: int, body: bytes, buffers: Sequence[Buffer] = ()) -> None:
         """Queue one message, after everything that was queued for the same id. MessageTooLarge: nothing was queued."""
         if not buffers and len(body) <= self._limits.max_inline_bytes:
             frame: tuple[Buffer, ...] = (HEADER.pack(kind, 0, 0, len(body), frame_id) + body,)
-            total = HEADER_BYTES + len(body)
         else:
             sizes, total = measure(body, buffers, self._limits)
             if total > self._limits.max_inline_bytes:
@@ -44,8 +42,7 @@ class FrameWriter:
             frame = (HEADER.pack(kind, 0, len(sizes), len(body), frame_id) + pack_sizes(sizes) + body, *buffers)
         ahead = self._transfers.get(frame_id) if self._transfers else None
         if ahead is None:
-            self._small += frame
-            self._small_bytes += total
+            self._queue(frame)
         else:
             ahead.followers.append(frame)
 
@@ -54,13 +51,12 @@ class FrameWriter:
         transfer = self._transfers.pop(frame_id, None)
         if transfer is None:
             return
-        self._transfer_bytes -= transfer.left + sum(f.left for f in transfer.followers if isinstance(f, _Transfer))
         if transfer in self._waiting:
             self._waiting.remove(transfer)
             return
         self._turns.remove(transfer)
         self._transit_bytes -= transfer.total
-        self._small.append(HEADER.pack(_ABANDON, 0, 0, 0, frame_id))
+        self._queue((HEADER.pack(_ABANDON, 0, 0, 0, frame_id),))
         self._announce()
 
     def stop(self) -> None:
@@ -68,7 +64,7 @@ class FrameWriter:
         self._transfers.clear()
         self._turns.clear()
         self._waiting.clear()
-        self._transit_bytes = self._transfer_bytes = 0
+        self._transit_bytes = 0
 
     def data_to_send(self) -> list[Buffer]:
         """All small frames, then at most one chunk. Empty: there is nothing to send."""
@@ -79,7 +75,6 @@ class FrameWriter:
             count = min(self._chunk_bytes, transfer.left)
             out.append(HEADER.pack(_DATA, 0, 0, count, transfer.id))
             transfer.take(count, out)
-            self._transfer_bytes -= count
             if transfer.left:
                 self._turns.append(transfer)
             else:
@@ -87,9 +82,11 @@ class FrameWriter:
         return out
 
     @property
-    def queued_bytes(self) -> int:
-        """Of bodies and buffers that no data_to_send() has returned yet."""
-        return self._small_bytes + self._transfer_bytes
+    def next_bytes(self) -> int:
+        """Bytes of what data_to_send() would return now."""
+        if not self._turns:
+            return self._small_bytes
+        return self._small_bytes + HEADER_BYTES + min(self._chunk_bytes, self._turns[0].left)
 
     @property
     def small_bytes(self) -> int:
@@ -103,8 +100,12 @@ class FrameWriter:
     def num_transfers(self) -> int:
         return len(self._transfers)
 
+    def _queue(self, frame: tuple[Buffer, ...]) -> None:
+        self._small += frame
+        for piece in frame:
+            self._small_bytes += len(piece) if type(piece) is bytes else memoryview(piece).nbytes
+
     def _send_deferred(self, transfer: _Transfer) -> None:
-        self._transfer_bytes += transfer.total
         ahead = self._transfers.get(transfer.id)
         if ahead is not None:
             ahead.followers.append(transfer)
@@ -122,7 +123,7 @@ class FrameWriter:
             self._waiting.popleft()
             self._transit_bytes += transfer.total
             self._turns.append(transfer)
-            self._small.append(transfer.announcement())
+            self._queue((transfer.header,))
 
     def _finish(self, transfer: _Transfer) -> None:
         del self._transfers[transfer.id]
@@ -135,14 +136,14 @@ class FrameWriter:
                 self._transfers[follower.id] = follower
                 self._waiting.append(follower)
                 break
-            self._small += follower
+            self._queue(follower)
         self._announce()
 
 
 class _Transfer:
     """A deferred message on its way out, and what was queued behind it for the same id."""
 
-    __slots__ = ("_header", "_pieces", "followers", "id", "left", "total")
+    __slots__ = ("_pieces", "followers", "header", "id", "left", "total")
 
     def __init__(
         self, kind: int, frame_id: int, body: bytes, buffers: Sequence[Buffer], sizes: Sequence[int], total: int
@@ -150,12 +151,9 @@ class _Transfer:
         self.id = frame_id
         self.left = self.total = total
         self.followers: deque[tuple[Buffer, ...] | _Transfer] = deque()
-        self._header = HEADER.pack(kind, FLAG_DEFERRED, len(sizes), len(body), frame_id) + pack_sizes(sizes)
+        self.header = HEADER.pack(kind, FLAG_DEFERRED, len(sizes), len(body), frame_id) + pack_sizes(sizes)
         views = [memoryview(piece) for piece in (body, *buffers)]
         self._pieces = deque(view.cast("B") for view in views if view.nbytes)
-
-    def announcement(self) -> bytes:
-        return self._header
 
     def take(self, count: int, out: list[Buffer]) -> None:
         """Move the next `count` bytes to `out`, as views."""

@@ -1,0 +1,442 @@
+"""One socket that pumps one protocol.Connection.
+
+Owns: the futures, streams and replies that wait for the other end, and fails them all when the link is lost. Decides nothing
+about the wire (the Connection does) nor about which links there are (`Peers` does).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, assert_never, cast
+
+from epd.errors import BodyTooLarge, EpdError, Overloaded, PeerLost, Refused, from_wire
+from epd.log import Log
+from epd.microkernel.actor import Answer, Buffer, Mail, Reply
+from epd.microkernel.itemstream import ItemStream
+from protocol import events
+from protocol.connection import Connection, State
+from protocol.frames import MessageTooLarge
+from protocol.handshake import NONCE_BYTES, Identity, Side
+from protocol.messages import Failed, Message, WorkerId
+
+HEARTBEAT_S: Final = 0.5
+_CHUNKS_PER_TURN: Final = 2  # then reading and everybody else get a turn
+_JOIN_BYTES: Final = 64 << 10  # small frames up to here go to the socket in one piece
+_BACKLOG_BYTES: Final = 8 << 20  # small frames that wait for the socket: asks wait from here on
+_CLOSE_TIMEOUT_S: Final = 1.0
+_REFUSALS: Final = frozenset({"wrong_version", "wrong_token", "same_worker"})
+_log = Log("link")
+
+
+class LinkHost(Protocol):
+    """What a link needs of the system that it belongs to."""
+
+    def link_proved(self, link: Link, peer: Identity) -> tuple[str, str] | None:
+        """A dialer has proved itself: None lets it in, (code, reason) refuses it."""
+
+    def link_opened(self, link: Link, peer: Identity) -> None: ...
+
+    def link_lost(self, link: Link, error: EpdError, code: str) -> None:
+        """Called once per link, also for one that never opened."""
+
+    def deliver(self, mail: Mail, actor: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStats:
+    """`transport`: "unix" or "tcp". `rtt_s`: of the last heartbeat, 0 before the first."""
+
+    peer: WorkerId
+    transport: str
+    sent_bytes: int
+    received_bytes: int
+    rtt_s: float
+
+
+class Link(asyncio.BufferedProtocol):
+    """Made by `Peers` for either end; usable between `link_opened` and `link_lost`."""
+
+    def __init__(
+        self,
+        host: LinkHost,
+        *,
+        side: Side,
+        identity: Identity,
+        token: bytes,
+        medium: str,
+        expected: WorkerId | None = None,
+        heartbeat_s: float = HEARTBEAT_S,
+    ) -> None:
+        self.side = side
+        self.medium: Final = medium
+        self.peer = WorkerId("")
+        self._host = host
+        self._connection = Connection(
+            side=side, identity=identity, token=token, nonce=secrets.token_bytes(NONCE_BYTES), expected=expected
+        )
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._heartbeat_s = heartbeat_s
+        self._timer: asyncio.TimerHandle | None = None
+        self._pinged_at = 0.0
+        self._is_lost = False
+        self._is_paused = False
+        self._flush_scheduled = False
+        self._asks: dict[int, asyncio.Future[Answer]] = {}
+        self._streams: dict[int, ItemStream] = {}
+        self._replies: dict[int, Reply] = {}
+        self._tell_replies: dict[str, _TellReply] = {}
+        self._tell_waiters: dict[str, deque[asyncio.Future[None]]] = {}
+        self._drain_waiters: list[asyncio.Future[None]] = []
+        self._rtt_s = 0.0
+        self._sent_bytes = 0
+        self._received_bytes = 0
+
+    # --- asking -----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection.state is State.OPEN and not self._is_lost
+
+    def ask(
+        self, actor: str, message: Message, buffers: Sequence[Buffer], into: Sequence[memoryview] | None
+    ) -> tuple[int, asyncio.Future[Answer]]:
+        """The future gets the Answer or PeerLost. A Failed answer is an Answer here."""
+        self._check_open()
+        try:
+            ask_id = self._connection.send_ask(actor, message, buffers, into=into)
+        except MessageTooLarge as error:
+            raise BodyTooLarge(str(error)) from None
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        self._asks[ask_id] = future
+        self._schedule_flush()
+        return ask_id, future
+
+    def cancel_ask(self, ask_id: int) -> None:
+        """The answer is not wanted any more; registered views are not written to from now on."""
+        if self._asks.pop(ask_id, None) is not None:
+            self._connection.cancel(ask_id)
+            self._schedule_flush()
+
+    def open_stream(
+        self, actor: str, message: Message, buffers: Sequence[Buffer], items: ItemStream, *, window: int
+    ) -> _RemoteSource:
+        self._check_open()
+        try:
+            stream_id = self._connection.send_stream(actor, message, buffers, window=window)
+        except MessageTooLarge as error:
+            raise BodyTooLarge(str(error)) from None
+        self._streams[stream_id] = items
+        self._schedule_flush()
+        return _RemoteSource(self, stream_id)
+
+    async def tell(self, actor: str, message: Message, buffers: Sequence[Buffer], *, timeout_s: float) -> None:
+        """Waits for credit. Raises Overloaded after `timeout_s`, PeerLost."""
+        self._check_open()
+        if self._tell_waiters.get(actor) or self._connection.tell_room(actor) <= 0:
+            deadline = self._loop.time() + timeout_s
+            await self._wait_for_tell_room(actor, timeout_s)
+            while self._connection.tell_room(actor) <= 0:  # somebody else was quicker
+                await self._wait_for_tell_room(actor, deadline - self._loop.time())
+        try:
+            self._connection.send_tell(actor, message, buffers)
+        except MessageTooLarge as error:
+            raise BodyTooLarge(str(error)) from None
+        finally:
+            self._offer_tell_room(actor)
+        self._schedule_flush()
+
+    @property
+    def is_choked(self) -> bool:
+        """The other end does not read: wait with drained() before sending more."""
+        return self._is_paused and self._connection.backlog_bytes > _BACKLOG_BYTES
+
+    async def drained(self, timeout_s: float) -> None:
+        """Wait until everything sent has been handed to the socket. Raises Overloaded, PeerLost."""
+        waiter = self._loop.create_future()
+        while self._connection.has_data or self._is_paused:
+            self._check_open()
+            waiter = self._loop.create_future()
+            self._drain_waiters.append(waiter)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await waiter
+            except TimeoutError:
+                raise Overloaded(f"the link to {self.peer!r} did not drain within {timeout_s:g} s") from None
+
+    # --- socket -----------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=0)  # pause as soon as the socket takes no more
+        self._timer = self._loop.call_later(self._heartbeat_s, self._tick)
+        self._flush()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._connection.get_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._received_bytes += nbytes
+        for event in self._connection.buffer_updated(nbytes):
+            self._handle(event)
+        if self._connection.has_data:
+            self._schedule_flush()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def pause_writing(self) -> None:
+        self._is_paused = True
+
+    def resume_writing(self) -> None:
+        self._is_paused = False
+        self._schedule_flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lose(PeerLost(f"the link to {self.peer or 'a peer'} broke" + (f": {exc}" if exc else "")), "reset")
+
+    def close(self, code: str, reason: str) -> None:
+        """Say goodbye and close; everything unfinished fails with PeerLost."""
+        if not self._is_lost:
+            self._handle(self._connection.close(code, reason))
+
+    def abort(self) -> None:
+        """Close without a word."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._lose(PeerLost(f"the link to {self.peer!r} was aborted"), "aborted")
+
+    def stats(self) -> LinkStats:
+        return LinkStats(self.peer, self.medium, self._sent_bytes, self._received_bytes, self._rtt_s)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Asks, streams and replies that wait for something, and messages in transit. 0 at idle."""
+        waiting = sum(len(waiters) for waiters in self._tell_waiters.values())
+        return waiting + max(len(self._asks) + len(self._streams) + len(self._replies), self._connection.num_unfinished)
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def _handle(self, event: events.Event) -> None:
+        match event:
+            case events.Answered():
+                future = self._asks.pop(event.id, None)
+                if future is not None and not future.done():
+                    future.set_result(Answer(event.message, event.buffers))
+            case events.Delivered():
+                self._deliver(event)
+            case events.ItemArrived():
+                self._streams[event.id].push(Answer(event.message, event.buffers))
+            case events.StreamEnded():
+                self._streams.pop(event.id).finish(None if event.failed is None else from_wire(event.failed))
+            case events.Cancelled():
+                self._replies.pop(event.id).cancel()
+            case events.TellRoom():
+                self._offer_tell_room(event.actor)
+            case events.ItemRoom():
+                self._replies[event.id].room_opened()
+            case events.PongArrived():
+                self._rtt_s = self._loop.time() - self._pinged_at
+            case events.PeerProved():
+                self.peer = event.peer.worker
+                refusal = self._host.link_proved(self, event.peer)
+                self._handle(self._connection.accept() if refusal is None else self._connection.close(*refusal))
+            case events.Opened():
+                self.peer = event.peer.worker
+                self._host.link_opened(self, event.peer)
+            case events.Closed():
+                self._closed(event)
+            case _:
+                assert_never(event)
+
+    def _deliver(self, event: events.Delivered) -> None:
+        if event.kind == "tell":
+            reply: Reply | None = self._tell_replies.get(event.actor)
+            if reply is None:
+                reply = self._tell_replies[event.actor] = _TellReply(self._connection, event.actor, self._schedule_flush)
+        else:
+            reply = self._replies[event.id] = Reply(event.kind, _RemoteWay(self, event.id))
+        self._host.deliver(Mail(event.message, event.buffers, reply, self.peer), event.actor)
+
+    def _closed(self, event: events.Closed) -> None:
+        who = f"worker {self.peer!r}" if self.peer else "a peer"
+        what = f"{who} closed the link" if event.by_peer else f"the link to {who} was closed"
+        error_type = Refused if event.code in _REFUSALS else PeerLost
+        self._flush()
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.close()
+            # A peer that does not read would keep the socket and its buffers for ever.
+            self._loop.call_later(_CLOSE_TIMEOUT_S, self._transport.abort)
+        self._lose(error_type(f"{what}: {event.reason}"), event.code)
+
+    def _lose(self, error: EpdError, code: str) -> None:
+        if self._is_lost:
+            return
+        self._is_lost = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._connection.close("lost", error.message)  # lets go of registered views
+        asks, self._asks = self._asks, {}
+        streams, self._streams = self._streams, {}
+        replies, self._replies = self._replies, {}
+        for future in asks.values():
+            if not future.done():
+                future.set_exception(error)
+        for stream in streams.values():
+            stream.finish(error)
+        for reply in replies.values():
+            reply.cancel()
+        waiters = [waiter for queue in self._tell_waiters.values() for waiter in queue]
+        for waiter in (*waiters, *self._drain_waiters):
+            if not waiter.done():
+                waiter.set_result(None)
+        self._host.link_lost(self, error, code)
+
+    def _tick(self) -> None:
+        self._timer = self._loop.call_later(self._heartbeat_s, self._tick)
+        self._pinged_at = self._loop.time()
+        for event in self._connection.tick():
+            self._handle(event)
+        self._schedule_flush()
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def _schedule_flush(self) -> None:
+        """Flush soon: what is sent in one turn of the loop goes to the socket together."""
+        if not self._flush_scheduled and not self._is_paused:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        connection, transport = self._connection, self._transport
+        if transport is None or transport.is_closing():
+            return
+        for _ in range(_CHUNKS_PER_TURN):
+            if self._is_paused or not connection.has_data:
+                break
+            num_bytes = connection.next_bytes
+            pieces = connection.data_to_send()
+            self._sent_bytes += num_bytes
+            if len(pieces) == 1:
+                transport.write(pieces[0])
+            elif num_bytes <= _JOIN_BYTES:
+                transport.write(b"".join(pieces))
+            else:
+                transport.writelines(pieces)
+        if self._is_paused:
+            return
+        if connection.has_data:
+            self._schedule_flush()
+        elif self._drain_waiters:
+            waiters, self._drain_waiters = self._drain_waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    # --- helpers ----------------------------------------------------------------------------------------------------
+
+    async def _wait_for_tell_room(self, actor: str, timeout_s: float) -> None:
+        waiter = self._loop.create_future()
+        queue = self._tell_waiters.setdefault(actor, deque())
+        queue.append(waiter)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await waiter
+        except BaseException as error:
+            if waiter not in queue:
+                self._offer_tell_room(actor)  # it was offered and is not used: the next one's
+            if isinstance(error, TimeoutError):
+                raise Overloaded(f"actor {actor!r} of worker {self.peer!r} took no tell for {timeout_s:g} s") from None
+            raise
+        finally:
+            if waiter in queue:
+                queue.remove(waiter)
+            if not queue and self._tell_waiters.get(actor) is queue:
+                del self._tell_waiters[actor]
+        self._check_open()
+
+    def _offer_tell_room(self, actor: str) -> None:
+        queue = self._tell_waiters.get(actor)
+        while queue and self._connection.tell_room(actor) > 0:
+            waiter = queue.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise PeerLost(f"the link to {self.peer!r} is lost")
+
+
+class _TellReply(Reply):
+    """One for all tells of a link to one actor: nothing is owed but credit."""
+
+    __slots__ = ("_actor", "_connection", "_flush")
+
+    def __init__(self, connection: Connection, actor: str, flush: Callable[[], None]) -> None:
+        super().__init__("tell", None)
+        self._connection = connection
+        self._actor = actor
+        self._flush = flush
+
+    def taken(self) -> None:
+        self._connection.take_tell(self._actor)
+        if self._connection.has_data:
+            self._flush()
+
+
+class _RemoteWay:
+    """Back over the link to whoever asked."""
+
+    __slots__ = ("_id", "_link")
+
+    def __init__(self, link: Link, ask_id: int) -> None:
+        self._link = link
+        self._id = ask_id
+
+    def answer(self, message: Message, buffers: Sequence[Buffer]) -> None:
+        self._send(self._link._connection.send_answer, message, buffers)
+        self._link._replies.pop(self._id, None)
+
+    def item(self, message: Message, buffers: Sequence[Buffer]) -> None:
+        self._send(self._link._connection.send_item, message, buffers)
+
+    def end(self, failed: Failed | None) -> None:
+        self._link._connection.send_end(self._id, failed)
+        self._link._replies.pop(self._id, None)
+        self._link._schedule_flush()
+
+    def item_room(self) -> int:
+        return self._link._connection.item_room(self._id)
+
+    def _send(self, send: Callable[[int, Message, Sequence[Buffer]], None], message: Message, buffers: Sequence[Buffer]) -> None:
+        try:
+            send(self._id, message, buffers)
+        except MessageTooLarge as error:
+            raise BodyTooLarge(str(error)) from None
+        self._link._schedule_flush()
+
+
+class _RemoteSource:
+    """The producer of a stream, at the other end of the link."""
+
+    __slots__ = ("_id", "_link")
+
+    def __init__(self, link: Link, stream_id: int) -> None:
+        self._link = link
+        self._id = stream_id
+
+    def took_item(self) -> None:
+        self._link._connection.take_item(self._id)
+        if self._link._connection.has_data:
+            self._link._schedule_flush()
+
+    def left(self) -> None:
+        if self._link._streams.pop(self._id, None) is not None:
+            self._link._connection.cancel(self._id)
+            self._link._schedule_flush()

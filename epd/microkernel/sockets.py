@@ -1,0 +1,71 @@
+"""Sockets for links: how a worker listens and how it is reached.
+
+The Unix socket lives in Linux's abstract namespace, written with a leading "@" in an Endpoint: it has no file, so a killed
+process leaves none behind. Whoever connects still has to prove that it holds the token.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from functools import cache
+from pathlib import Path
+
+UNIX_BUFFER_BYTES = 1 << 20
+
+
+@cache
+def host_id() -> str:
+    """Equal for two processes that can open each other's memory: same boot, same pid namespace, same user."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}/{os.geteuid()}"
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """Raises OSError when the address is taken or is not this machine's."""
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setblocking(False)
+        listener.bind((host, port))
+        listener.listen(256)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def listen_unix() -> tuple[socket.socket, str]:
+    """The listener and its path as an Endpoint says it."""
+    name = f"epd-{secrets.token_hex(12)}"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        tune(listener)
+        listener.setblocking(False)
+        listener.bind(f"\0{name}")
+        listener.listen(256)
+    except BaseException:
+        listener.close()
+        raise
+    return listener, f"@{name}"
+
+
+def unix_socket() -> socket.socket:
+    """For dialing."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made.setblocking(False)
+    tune(made)
+    return made
+
+
+def unix_address(path: str) -> str:
+    return "\0" + path[1:] if path.startswith("@") else path
+
+
+def tune(sock: socket.socket) -> None:
+    """Room for bulk data. TCP is left alone: its buffers grow by themselves, and setting them would stop that."""
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNIX_BUFFER_BYTES)
