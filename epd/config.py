@@ -79,6 +79,7 @@ class ServeConfig:
     load_format: str
     num_threads: int
     log_level: str
+    is_supervised: bool  # tells progress in words for `epd cluster`, and stops when standard input closes
     http: HttpConfig
     link: LinkConfig
     engine: EngineConfig
@@ -94,7 +95,6 @@ class ClusterConfig:
     num_decode: int
     serve: ServeConfig
     passed_on: tuple[str, ...]  # arguments that every process is started with
-    open_browser: bool = False
 
 
 def parse(argv: Sequence[str]) -> ServeConfig | ClusterConfig:
@@ -141,8 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--roles", default=",".join(ROLES), help="comma-separated stages of this process")
     serve.add_argument(
-        "--join", metavar="HOST:PORT", help=f"cluster address of the gateway; without a gateway role: 127.0.0.1:{DEFAULT_CLUSTER_PORT}"
+        "--join",
+        metavar="HOST:PORT",
+        help=f"cluster address of the gateway; without a gateway role: 127.0.0.1:{DEFAULT_CLUSTER_PORT}",
     )
+    serve.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     serve.add_argument("--worker", default="", help="name of this worker in the cluster; a random one by default")
     _add_common(serve)
 
@@ -180,11 +183,20 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     link = parser.add_argument_group("cluster")
     link.add_argument("--cluster-host", default="127.0.0.1", help="address to listen on for other workers")
     link.add_argument(
-        "--cluster-port", type=int, default=-1, help=f"port to listen on for other workers; -1: {DEFAULT_CLUSTER_PORT} with a gateway, else any"
+        "--cluster-port",
+        type=int,
+        default=-1,
+        help=f"port to listen on for other workers; -1: {DEFAULT_CLUSTER_PORT} with a gateway, else any",
     )
-    link.add_argument("--advertise-host", default="", help="address that other workers reach this one at; --cluster-host by default")
-    link.add_argument("--token-file", default="", help="file with the cluster's shared secret; EPD_TOKEN or a file of this user by default")
-    link.add_argument("--transfer", choices=("auto", "mapped", "socket"), default="auto", help="best way for KV and embeddings to move")
+    link.add_argument(
+        "--advertise-host", default="", help="address that other workers reach this one at; --cluster-host by default"
+    )
+    link.add_argument(
+        "--token-file", default="", help="file with the cluster's shared secret; EPD_TOKEN or a file of this user by default"
+    )
+    link.add_argument(
+        "--transfer", choices=("auto", "mapped", "socket"), default="auto", help="best way for KV and embeddings to move"
+    )
 
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--block-size", type=int, default=16, help="tokens of one KV block")
@@ -198,9 +210,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-requests", type=int, default=256, help="requests at once; more are refused with 429")
-    limits.add_argument("--max-prompt-tokens", type=int, default=1_000_000, help="outstanding prompt tokens; more are refused with 429")
+    limits.add_argument(
+        "--max-prompt-tokens", type=int, default=1_000_000, help="outstanding prompt tokens; more are refused with 429"
+    )
     limits.add_argument("--request-timeout-s", type=float, default=600.0, help="longest life of a request")
-    limits.add_argument("--drain-timeout-s", type=float, default=30.0, help="how long a stopping process waits for running requests")
+    limits.add_argument(
+        "--drain-timeout-s", type=float, default=30.0, help="how long a stopping process waits for running requests"
+    )
     limits.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
 
 
@@ -232,6 +248,7 @@ def _serve_config(args: argparse.Namespace) -> ServeConfig:
         load_format=args.load_format,
         num_threads=args.num_threads,
         log_level=args.log_level,
+        is_supervised=getattr(args, "supervised", False),
         http=HttpConfig(
             host=args.host,
             port=args.port,

@@ -7,7 +7,7 @@ whenever the gateway was lost, so that it does not matter who starts first or wh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from epd.errors import BadConfig, EpdError, InternalError, PeerLost, Refused
 from epd.log import Log
@@ -23,11 +23,11 @@ _log = Log("membership")
 
 
 class Membership(Actor):
-    """One per process that hosts stages. `on_joined` is called at the first join, `on_refused` when joining can never succeed."""
+    """One per process that hosts stages. `find_gateway` tells the gateway's worker id, once it can be reached. `on_joined` is called at the first join, `on_refused` when joining can never succeed."""
 
     def __init__(
         self,
-        gateway: WorkerId,
+        find_gateway: Callable[[], Awaitable[WorkerId]],
         join: Join,
         stages: Sequence[StageActor],
         *,
@@ -36,7 +36,8 @@ class Membership(Actor):
         on_drain: Callable[[], None],
     ) -> None:
         super().__init__()
-        self._directory = Address(gateway, "directory")
+        self._find_gateway = find_gateway
+        self._directory: Address | None = None
         self._join = join
         self._stages = stages
         self._on_joined = on_joined
@@ -65,17 +66,19 @@ class Membership(Actor):
             _log.warning("requests move elsewhere", worker=self._join.endpoint.worker)
             for stage in self._stages:
                 await stage.evacuate()
-        try:
-            await self.system.tell(self._directory, Leave(self._join.endpoint.worker), timeout_s=1.0)
-        except EpdError:
-            pass  # the gateway has gone first
+        if self._directory is not None:
+            try:
+                await self.system.tell(self._directory, Leave(self._join.endpoint.worker), timeout_s=1.0)
+            except EpdError:
+                pass  # the gateway has gone first
 
     async def _stay(self) -> None:
         """Join, report until the gateway is lost, join again."""
         backoff_s = FIRST_BACKOFF_S
         while True:
             try:
-                await self.system.ask(self._directory, self._join, timeout_s=JOIN_TIMEOUT_S)
+                directory = Address(await self._find_gateway(), "directory")
+                await self.system.ask(directory, self._join, timeout_s=JOIN_TIMEOUT_S)
             except (Refused, BadConfig) as error:
                 self._on_refused(error)
                 return
@@ -85,10 +88,11 @@ class Membership(Actor):
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
                 continue
             backoff_s = FIRST_BACKOFF_S
+            self._directory = directory
             self._on_joined()
-            await self._report()
+            await self._report(directory)
 
-    async def _report(self) -> None:
+    async def _report(self, directory: Address) -> None:
         while True:
             links = tuple(link for stage in self._stages for link in stage.links())
             report = ReportLoad(
@@ -98,7 +102,7 @@ class Membership(Actor):
                 draining=any(stage.is_draining for stage in self._stages),
             )
             try:
-                await self.system.tell(self._directory, report)
+                await self.system.tell(directory, report)
             except PeerLost as error:
                 _log.warning("lost the gateway", reason=error.message)
                 return

@@ -72,7 +72,9 @@ class Placed:
 class Fleet(Actor):
     """`model` and `layout` are what a worker must serve to be let in. `needs_encode`: the model takes images."""
 
-    def __init__(self, placement: Placement, *, model: str, layout: int, block_size: int, needs_encode: bool, clock: Clock) -> None:
+    def __init__(
+        self, placement: Placement, *, model: str, layout: int, block_size: int, needs_encode: bool, clock: Clock, on_change: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__()
         self._placement = placement
         self._model = model
@@ -80,6 +82,7 @@ class Fleet(Actor):
         self._block_size = block_size
         self._roles = STAGES if needs_encode else STAGES[1:]
         self._clock = clock
+        self._on_change = on_change
         self._members: dict[WorkerId, Member] = {}
         self._changed = asyncio.Event()
 
@@ -133,6 +136,7 @@ class Fleet(Actor):
         )
         self._changed.set()
         self._changed = asyncio.Event()
+        self._on_change()
 
     # --- choosing ---------------------------------------------------------------------------------------------------
 
@@ -183,6 +187,11 @@ class Fleet(Actor):
                     await asyncio.wait_for(changed.wait(), left)
                 except TimeoutError:
                     continue  # and fail with what is missing
+
+    def max_model_len(self, at_most: int) -> int:
+        """Longest prompt plus output that every prefill and decode worker takes."""
+        lengths = [member.join.max_model_len for member in self._members.values() if member.join.roles != ("encode",)]
+        return min([at_most, *lengths])
 
     def is_alive(self, worker: WorkerId) -> bool:
         return worker in self._members

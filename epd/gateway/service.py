@@ -1,6 +1,6 @@
 """The gateway's engine: admits a request, runs a journey per choice, turns tokens into text.
 
-Owns: which requests run. Knows: admission, journeys, the detokenizer, what is counted. Does not know: HTTP.
+Owns: the choices of each request. Knows: admission, journeys, the detokenizer, what is counted. Does not know: HTTP.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from contextlib import aclosing
 
 import msgspec
 
-from epd.errors import Unavailable
 from epd.gateway.admission import Admission
 from epd.gateway.attempt import Stages
 from epd.gateway.detokenize import Detokenizer
@@ -37,10 +36,6 @@ class Gateway:
         self._admission = admission
         self._max_model_len = max_model_len
         self._metrics = metrics
-        self._is_draining = False
-        self._running: set[str] = set()
-        self._nothing_runs = asyncio.Event()
-        self._nothing_runs.set()
 
     @property
     def model_name(self) -> str:
@@ -48,17 +43,13 @@ class Gateway:
 
     @property
     def max_model_len(self) -> int:
-        return self._max_model_len
+        return self._stages.fleet.max_model_len(self._max_model_len)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """See `Engine.generate`."""
-        if self._is_draining:
-            raise Unavailable("this server is stopping: ask another one")
         arrived = self._stages.clock()
         num_tokens = len(request.token_ids) * request.n
-        self._admission.admit(request.request_id, num_prompt_tokens=num_tokens, now=arrived)
-        self._running.add(request.request_id)
-        self._nothing_runs.clear()
+        self._admission.admit(request.request_id, num_prompt_tokens=num_tokens, num_choices=request.n, now=arrived)
         watch = self._metrics.watch(arrived, len(request.token_ids), len(request.images))
         try:
             choices = self._one(request, 0, arrived) if request.n == 1 else self._several(request, arrived)
@@ -73,29 +64,16 @@ class Gateway:
         finally:
             watch.finished(self._stages.clock(), "cancelled")
             self._admission.finish(request.request_id, now=self._stages.clock())
-            self._running.discard(request.request_id)
-            if not self._running:
-                self._nothing_runs.set()
 
     def ready(self) -> tuple[bool, str]:
-        if self._is_draining:
-            return False, "stopping"
         missing = self._stages.fleet.missing_roles()
         return not missing, f"waiting for a worker of: {', '.join(missing)}" if missing else "ready"
 
     def cluster(self) -> dict[str, object]:
-        return {"model": self._model_name, "num_running": len(self._running), **self._stages.fleet.describe()}
+        return {"model": self._model_name, "num_running": self._admission.num_running, **self._stages.fleet.describe()}
 
     def metrics(self) -> bytes:
         return self._metrics.render(self._stages.fleet.members())
-
-    async def drain(self, timeout_s: float) -> None:
-        """Take nothing new and wait for what runs, at most `timeout_s`."""
-        self._is_draining = True
-        try:
-            await asyncio.wait_for(self._nothing_runs.wait(), timeout_s)
-        except TimeoutError:
-            pass
 
     # --- choices ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,70 @@
+"""The `epd` command: the only place that wires a configuration to what it configures."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+import uvloop
+
+from epd.cluster.banner import banner
+from epd.cluster.launcher import BAD_CONFIG_STATUS, Launcher, check_port
+from epd.cluster.node import Node
+from epd.config import ClusterConfig, ServeConfig, parse
+from epd.errors import BadConfig, EpdError
+from epd.log import setup
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit with its status: 0 stopped as asked, 1 failed, 2 wrong configuration."""
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        status = _serve(config) if isinstance(config, ServeConfig) else _cluster(config)
+    except BadConfig as error:
+        print(f"epd: {error.message}", file=sys.stderr)
+        status = BAD_CONFIG_STATUS
+    except EpdError as error:
+        print(f"epd: {error.message}", file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+def _serve(config: ServeConfig) -> int:
+    setup(config.log_level, worker=config.link.worker or "-".join(config.roles))
+    uvloop.run(_run_node(config))
+    return 0
+
+
+async def _run_node(config: ServeConfig) -> None:
+    def say(word: str, text: str) -> None:
+        if config.is_supervised:
+            print(word, text, flush=True)
+        elif word == "ready" and "gateway" in config.roles:
+            print(banner(text, config), flush=True)
+        else:
+            print(f"epd: {word} {text}", flush=True)
+
+    node = Node(config, report=lambda text: say("progress", text), on_ready=lambda text: say("ready", text))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, node.stop)
+    if config.is_supervised:
+        threading.Thread(target=_stop_at_eof, args=(loop, node), daemon=True).start()
+    await node.run()
+
+
+def _stop_at_eof(loop: asyncio.AbstractEventLoop, node: Node) -> None:
+    """The supervisor holds the other end of standard input: when it closes, the supervisor has gone."""
+    while os.read(0, 4096):
+        pass
+    loop.call_soon_threadsafe(node.stop)
+
+
+def _cluster(config: ClusterConfig) -> int:
+    setup(config.serve.log_level, worker="cluster")
+    check_port(config.serve.http.host, config.serve.http.port)
+    return uvloop.run(Launcher(config).run())

@@ -1,0 +1,230 @@
+"""Puts the stages of one process together: backend, weights, pools, schedulers, actors.
+
+The heavy half (`load`) touches no event loop and may run on any thread; the light half (`StageParts.actors`) wires what was loaded
+to a running system. Prefill and decode of one process share one weight copy and one KV pool.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from epd.cache.block_pool import BlockPool
+from epd.cache.encoder_cache import EncoderCache
+from epd.clock import Clock
+from epd.cluster.sizes import EMBEDDING_BLOCK_ROWS, Sizes, decide
+from epd.config import ServeConfig
+from epd.decode.actor import DecodeActor
+from epd.decode.scheduler import DecodeConfig, DecodeScheduler
+from epd.encode.actor import EncodeActor
+from epd.encode.batcher import EncodeBatcher
+from epd.microkernel.system import System
+from epd.model.config import ModelConfig
+from epd.prefill.actor import PrefillActor
+from epd.prefill.embeddings import EmbeddingFetcher
+from epd.prefill.scheduler import PrefillConfig, PrefillScheduler
+from epd.stage import StageActor
+from epd.transfer.receiver import Receiver
+from epd.transfer.sender import Sender
+from gpu.backend import Backend, open_backend
+from gpu.pool import Pool, PoolSpec
+
+if TYPE_CHECKING:  # a gateway process imports this module and must not import torch
+    from epd.model.runner import VisionModelRunner
+    from epd.model.text import TextModel
+
+MAX_IMAGES_PER_STEP = 64
+Report = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class StageParts:
+    """What a process needs for its stages, loaded."""
+
+    config: ServeConfig
+    model: ModelConfig
+    sizes: Sizes
+    backend: Backend
+    text_model: TextModel | None = None
+    vision_runner: VisionModelRunner | None = None
+    kv_memory: Pool | None = None
+    embedding_memory: Pool | None = None
+    local_pools: list[Pool] = field(default_factory=list)
+
+    def actors(self, system: System, clock: Clock) -> list[StageActor]:
+        """The stage actors of this process, in the order in which a request meets them."""
+        local = [pool for pool in (self.kv_memory, self.embedding_memory) if pool is not None]
+        actors: list[StageActor] = []
+        if "encode" in self.config.roles and self.model.vision is not None:
+            actors.append(self._encode(system, clock))
+        kv_blocks = BlockPool(self.sizes.num_kv_blocks)
+        shares_pool = {"prefill", "decode"} <= set(self.config.roles)
+        decode_scheduler = self._decode_scheduler(kv_blocks) if "decode" in self.config.roles else None
+        if "prefill" in self.config.roles:
+            spare = decode_scheduler if shares_pool else None
+            actors.append(self._prefill(system, clock, kv_blocks, spare, local))
+        if decode_scheduler is not None:
+            actors.append(self._decode(system, clock, kv_blocks, decode_scheduler, local, shares_pool=shares_pool))
+        return actors
+
+    def _encode(self, system: System, clock: Clock) -> EncodeActor:
+        assert self.embedding_memory is not None
+        assert self.vision_runner is not None
+        engine = self.config.engine
+        cache = EncoderCache(BlockPool(self.sizes.num_embedding_blocks), block_rows=EMBEDDING_BLOCK_ROWS)
+        return EncodeActor(
+            batcher=EncodeBatcher(max_patches=engine.max_patches, max_images=MAX_IMAGES_PER_STEP),
+            cache=cache,
+            memory=self.embedding_memory,
+            sender=Sender(system.endpoint.worker, "embedding", self.embedding_memory, cache, clock),
+            runner=self.vision_runner,
+            stream=self.backend.open_stream("encode"),
+            preprocess_stream=self.backend.open_stream("preprocess"),
+            block_rows=EMBEDDING_BLOCK_ROWS,
+            width=self.model.embedding_width,
+            lease_s=engine.lease_s,
+            clock=clock,
+        )
+
+    def _prefill(
+        self, system: System, clock: Clock, blocks: BlockPool, decode: DecodeScheduler | None, local: list[Pool]
+    ) -> PrefillActor:
+        from epd.model.runner import TextModelRunner
+
+        assert self.kv_memory is not None
+        assert self.text_model is not None
+        engine = self.config.engine
+        receiver = self._receiver(system, "prefill transfer", local, clock)
+        scheduler = PrefillScheduler(
+            PrefillConfig(
+                block_size=engine.block_size,
+                token_budget=engine.token_budget,
+                max_chunk_tokens=engine.max_chunk_tokens,
+                max_running=engine.max_running,
+                max_model_len=self.sizes.max_model_len,
+                eos_token_ids=frozenset(self.model.eos_token_ids),
+            ),
+            blocks,
+        )
+        return PrefillActor(
+            scheduler=scheduler,
+            blocks=blocks,
+            memory=self.kv_memory,
+            sender=Sender(system.endpoint.worker, "kv", self.kv_memory, blocks, clock),
+            receiver=receiver,
+            fetcher=EmbeddingFetcher(
+                system,
+                receiver,
+                block_rows=EMBEDDING_BLOCK_ROWS,
+                width=self.model.embedding_width,
+                layout=self.model.embedding_layout,
+            ),
+            runner=TextModelRunner(
+                self.model, self.text_model, self.backend, self.kv_memory, engine.block_size, self.config.num_threads
+            ),
+            stream=self.backend.open_stream("prefill"),
+            checksum_stream=self.backend.open_stream("prefill checksums"),
+            merge_size=self._merge_size,
+            lease_s=engine.lease_s,
+            spare_blocks=(lambda: decode.num_running) if decode is not None else (lambda: 0),
+            clock=clock,
+        )
+
+    def _decode_scheduler(self, blocks: BlockPool) -> DecodeScheduler:
+        engine = self.config.engine
+        return DecodeScheduler(
+            DecodeConfig(
+                block_size=engine.block_size,
+                max_running=engine.max_running,
+                max_model_len=self.sizes.max_model_len,
+                eos_token_ids=frozenset(self.model.eos_token_ids),
+            ),
+            blocks,
+        )
+
+    def _decode(
+        self, system: System, clock: Clock, blocks: BlockPool, scheduler: DecodeScheduler, local: list[Pool], *, shares_pool: bool
+    ) -> DecodeActor:
+        from epd.model.runner import TextModelRunner
+
+        assert self.kv_memory is not None
+        assert self.text_model is not None
+        engine = self.config.engine
+        return DecodeActor(
+            scheduler=scheduler,
+            blocks=blocks,
+            memory=self.kv_memory,
+            receiver=self._receiver(system, "decode transfer", local, clock),
+            runner=TextModelRunner(
+                self.model, self.text_model, self.backend, self.kv_memory, engine.block_size, self.config.num_threads
+            ),
+            stream=self.backend.open_stream("decode"),
+            block_size=engine.block_size,
+            merge_size=self._merge_size,
+            shares_pool=shares_pool,
+            clock=clock,
+        )
+
+    def _receiver(self, system: System, name: str, local: list[Pool], clock: Clock) -> Receiver:
+        stream = self.backend.open_stream(name)
+        return Receiver(system, self.backend, stream, allowed=self.config.link.transfer, local_pools=local, clock=clock)
+
+    @property
+    def _merge_size(self) -> int:
+        return self.model.vision.merge_size if self.model.vision is not None else 1
+
+    def close(self) -> None:
+        self.backend.close()
+
+
+def load(config: ServeConfig, folder: Path, model: ModelConfig, report: Report) -> StageParts:
+    """Weights and memory for the stages of this process; takes seconds to minutes and tells `report` how far it is.
+
+    Raises:
+        BadCheckpoint, BadConfig: and then nothing is left behind.
+    """
+    from epd.model.text import TextModel
+    from epd.model.runner import VisionModelRunner
+    from epd.model.weights import load_text_weights, load_vision_weights
+    from epd.model.vision import VisionModel
+    from gpu.kernels.compiler import warm_up
+
+    backend = open_backend(config.device)
+    try:
+        sizes = decide(model, config.engine, free_bytes=backend.memory_budget())
+        parts = StageParts(config, model, sizes, backend)
+        if "encode" in config.roles and model.vision is not None:
+            report("loading the vision tower")
+            weights = load_vision_weights(model, folder, config.load_format)
+            parts.vision_runner = VisionModelRunner(model, VisionModel(model.vision, weights), backend, config.num_threads)
+            parts.embedding_memory = backend.allocate_pool(
+                PoolSpec(sizes.num_embedding_blocks, sizes.embedding_block_bytes, "embedding", model.embedding_layout)
+            )
+            report(f"embedding pool: {sizes.embedding_bytes / 2**20:.0f} MiB")
+        if {"prefill", "decode"} & set(config.roles):
+            report("loading the language model")
+            parts.text_model = TextModel(model, load_text_weights(model, folder, config.load_format))
+            layout = model.kv_layout(config.engine.block_size)
+            parts.kv_memory = backend.allocate_pool(PoolSpec(sizes.num_kv_blocks, sizes.kv_block_bytes, "kv", layout))
+            num_tokens = sizes.num_kv_blocks * config.engine.block_size
+            report(f"KV pool: {sizes.kv_bytes / 2**20:.0f} MiB for {num_tokens} tokens, at most {sizes.max_model_len} a request")
+            warm_up(lambda name, done, total: report(f"compiling kernels: {name} ({done + 1} of {total})") if name else None)
+    except BaseException:
+        backend.close()
+        raise
+    return parts
+
+
+def fingerprint(config: ServeConfig, folder: Path, model: ModelConfig) -> int:
+    """What all workers of a cluster must agree on: geometry, block size, and that the weights are the same files."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(repr((model, config.engine.block_size, config.load_format)).encode())
+    if config.load_format != "dummy":
+        for path in sorted(folder.glob("*.safetensors")):
+            digest.update(f"{path.name}:{path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(65536))
+    return int.from_bytes(digest.digest(), "little") >> 1

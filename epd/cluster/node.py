@@ -1,0 +1,214 @@
+"""One process of a cluster: the stages and the gateway that it hosts, from start to stop.
+
+Owns: the microkernel of this process and everything that runs on it. Knows: the order in which things start and stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from epd.clock import monotonic
+from epd.cluster.build import StageParts, fingerprint, load
+from epd.cluster.membership import Membership
+from epd.config import ServeConfig
+from epd.errors import BadConfig, EpdError
+from epd.gateway.admission import Admission
+from epd.gateway.attempt import Stages
+from epd.gateway.fleet import Fleet
+from epd.gateway.placement import Placement
+from epd.gateway.prompt import Prompter
+from epd.gateway.router import TokenRouter
+from epd.gateway.service import Gateway
+from epd.http.app import HttpServer
+from epd.log import Log
+from epd.metrics import GatewayMetrics
+from epd.microkernel.system import System
+from epd.model.config import ModelConfig, load_model_config
+from epd.model.loader import resolve_model
+from protocol.messages import Join, WorkerId
+
+FIND_TIMEOUT_S = 5.0
+_log = Log("node")
+
+
+@dataclass(slots=True)
+class _Front:
+    """The gateway of this process, if it hosts one."""
+
+    http: HttpServer
+    fleet: Fleet
+
+
+class Node:
+    """`report` hears of progress while loading, `on_ready` once: with the endpoint's URL, or how long it took to join."""
+
+    def __init__(self, config: ServeConfig, *, report: Callable[[str], None], on_ready: Callable[[str], None]) -> None:
+        self._config = config
+        self._report = report
+        self._on_ready = on_ready
+        self._stop = asyncio.Event()
+        self._error: EpdError | None = None
+        self._url = ""
+        self._started = time.monotonic()
+        name = config.link.worker or f"{'-'.join(config.roles)}-{secrets.token_hex(3)}"
+        self._worker = WorkerId(name)
+
+    def stop(self) -> None:
+        """Drain and end `run`."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Serve until stopped.
+
+        Raises:
+            EpdError: it could not start, or the cluster does not take it in.
+        """
+        config = self._config
+        folder, model = await asyncio.to_thread(self._read_model)
+        parts = await self._load_unless_stopped(folder, model)
+        system = System(
+            worker=self._worker,
+            token=config.link.token,
+            roles=config.roles,
+            host=config.link.host,
+            port=config.link.port,
+            advertise_host=config.link.advertise_host,
+        )
+        front: _Front | None = None
+        membership: Membership | None = None
+        try:
+            await self._listen(system)
+            mark = fingerprint(config, folder, model)
+            if "gateway" in config.roles:
+                front = await self._start_front(system, folder, model, mark)
+            if parts is not None:
+                membership = await self._start_stages(system, parts, mark)
+            await self._stop.wait()
+        finally:
+            await self._wind_down(system, front, membership)
+            if parts is not None:
+                parts.close()
+        if self._error is not None:
+            raise self._error
+
+    # --- start ------------------------------------------------------------------------------------------------------
+
+    def _read_model(self) -> tuple[Path, ModelConfig]:
+        needs_weights = self._config.load_format != "dummy" and self._config.roles != ("gateway",)
+        folder = resolve_model(self._config.model, weights=needs_weights)
+        return folder, load_model_config(folder)
+
+    async def _load_unless_stopped(self, folder: Path, model: ModelConfig) -> StageParts | None:
+        if self._config.roles == ("gateway",):
+            return None
+        return await asyncio.to_thread(load, self._config, folder, model, self._report)
+
+    async def _listen(self, system: System) -> None:
+        try:
+            await system.start()
+        except OSError as error:
+            link = self._config.link
+            raise BadConfig(
+                f"cannot listen for workers on {link.host}:{link.port} ({error.strerror}): choose another --cluster-port"
+            ) from error
+
+    async def _start_front(self, system: System, folder: Path, model: ModelConfig, mark: int) -> _Front:
+        config, clock = self._config, monotonic
+        longest = min(config.engine.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+        prompter = Prompter.from_folder(folder, model, max_model_len=longest)
+
+        def limits_changed() -> None:
+            prompter.max_model_len = fleet.max_model_len(longest)
+
+        fleet = Fleet(
+            Placement(block_size=config.engine.block_size),
+            model=config.model,
+            layout=mark,
+            block_size=config.engine.block_size,
+            needs_encode=model.vision is not None,
+            clock=clock,
+            on_change=limits_changed,
+        )
+        router = TokenRouter()
+        await system.register("directory", fleet)
+        await system.register("tokens", router)
+        limits = config.admission
+        gateway = Gateway(
+            model_name=config.served_model_name or model_name(config.model),
+            tokenizer=prompter.tokenizer,
+            stages=Stages(system, fleet, router, clock),
+            admission=Admission(max_requests=limits.max_requests, max_prompt_tokens=limits.max_prompt_tokens),
+            max_model_len=longest,
+            metrics=GatewayMetrics(),
+        )
+        http = HttpServer(config.http, gateway, prompter, request_timeout_s=limits.request_timeout_s)
+        await http.start()
+        self._url = http.url
+        if config.roles == ("gateway",):
+            self._on_ready(http.url)
+        return _Front(http, fleet)
+
+    async def _start_stages(self, system: System, parts: StageParts, mark: int) -> Membership:
+        config = self._config
+        actors = parts.actors(system, monotonic)
+        for actor in actors:
+            await system.register(actor.role, actor, on_crash=partial(self._crashed, actor.role))
+        join = Join(
+            endpoint=system.endpoint,
+            roles=tuple(actor.role for actor in actors),
+            model=config.model,
+            layout=mark,
+            pid=os.getpid(),
+            device=config.device,
+            max_model_len=parts.sizes.max_model_len,
+            block_size=config.engine.block_size,
+        )
+        membership = Membership(
+            partial(self._find_gateway, system), join, actors, on_joined=self._joined, on_refused=self._refused, on_drain=self.stop
+        )
+        await system.register("membership", membership)
+        return membership
+
+    async def _find_gateway(self, system: System) -> WorkerId:
+        if self._config.link.join is None:
+            return self._worker  # it is in this process
+        host, port = self._config.link.join
+        return (await system.discover(host, port, timeout_s=FIND_TIMEOUT_S)).worker
+
+    def _joined(self) -> None:
+        self._on_ready(self._url or f"{time.monotonic() - self._started:.1f} s")
+
+    # --- end --------------------------------------------------------------------------------------------------------
+
+    def _refused(self, error: EpdError) -> None:
+        self._error = error
+        self._stop.set()
+
+    def _crashed(self, role: str, error: Exception) -> None:
+        """A stage that has lost its state cannot go on; whoever supervises the process starts it afresh."""
+        _log.error("a stage crashed", role=role, error=error)
+        self._stop.set()
+
+    async def _wind_down(self, system: System, front: _Front | None, membership: Membership | None) -> None:
+        """First no new requests, then none running, then no links."""
+        timeout_s = self._config.admission.drain_timeout_s
+        if front is not None:
+            await front.http.drain(timeout_s)
+        if membership is not None:
+            await membership.drain(0.0 if front is not None else timeout_s)
+        if front is not None:
+            await front.http.stop()
+        await system.stop()
+
+
+def model_name(path_or_hub_id: str) -> str:
+    """What a model is called in the API unless it is told: the folder's name, or the hub id."""
+    path = Path(path_or_hub_id)
+    return path.resolve().name if path.is_dir() else path_or_hub_id
