@@ -105,6 +105,12 @@ class EncoderCache:
         self._pending[mm_hash] = (num_tokens, tuple(taken))
         return tuple(taken)
 
+    def pending_blocks(self, mm_hash: str) -> tuple[int, ...]:
+        """The blocks that were reserved for an image that is being encoded."""
+        if mm_hash not in self._pending:
+            raise InternalError(f"image {mm_hash} is not being encoded")
+        return self._pending[mm_hash][1]
+
     def fill(self, mm_hash: str, checksums: Sequence[int]) -> Embedding:
         """A pending embedding's rows are in its blocks now."""
         if mm_hash not in self._pending:
@@ -189,7 +195,8 @@ class EncoderCache:
             yield "an image is pending and ready at once"
         if self._unleased.keys() != self._ready.keys() - self._num_leases.keys():
             yield "what is evictable is not what is ready and unleased"
-        if self._num_unleased_blocks != sum(len(self._ready[mm_hash].block_ids) for mm_hash in self._unleased):
+        unleased = self._unleased & self._ready.keys()
+        if self._num_unleased_blocks != sum(len(self._ready[mm_hash].block_ids) for mm_hash in unleased):
             yield "evictable blocks are miscounted"
         counted: dict[str, int] = {}
         for mm_hash in self._leases.values():
