@@ -83,7 +83,8 @@ class Membership(Actor):
                 self._on_refused(error)
                 return
             except EpdError as error:
-                _log.debug("cannot join yet", reason=error.message)
+                if backoff_s == MAX_BACKOFF_S:  # a gateway that starts, restarts or stops with us is no news
+                    _log.warning("cannot join", reason=error.message)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
                 continue
@@ -104,7 +105,7 @@ class Membership(Actor):
             try:
                 await self.system.tell(directory, report)
             except PeerLost as error:
-                _log.warning("lost the gateway", reason=error.message)
+                _log.debug("lost the gateway", reason=error.message)
                 return
             except EpdError:
                 pass  # a busy gateway misses one report

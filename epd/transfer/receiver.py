@@ -6,7 +6,7 @@ Owns: the mappings of other workers' pools and the figures of each link. Does no
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,6 +71,7 @@ class Receiver:
         self._sources: dict[tuple[WorkerId, str], _Source] = {}
         self._describing: dict[tuple[WorkerId, str], asyncio.Lock] = {}
         self._figures: dict[WorkerId, _LinkFigures] = {}
+        self._watched: dict[WorkerId, Callable[[], None]] = {}
 
     async def pull(self, ref: Ref, source: Endpoint, dst: Bytes, dst_ids: Sequence[int]) -> None:
         """Copy the blocks of `ref` to rows `dst_ids` of `dst`, uint8 [n, block_bytes], and check every block's checksum.
@@ -100,11 +101,6 @@ class Receiver:
         """Whether the handle points into a pool of this process."""
         return ref.generation in self._local
 
-    def forget(self, worker: WorkerId) -> None:
-        """Drop the mappings of a worker that has gone."""
-        for key in [key for key in self._sources if key[0] == worker]:
-            self._drop(key)
-
     def count_table_move(self, source: Endpoint) -> None:
         """A hand-off in this process moved a table and no byte."""
         self._figures.setdefault(source.worker, _LinkFigures(Rung.LOCAL)).num_transfers += 1
@@ -116,6 +112,8 @@ class Receiver:
         ]
 
     def close(self) -> None:
+        for unwatch in self._watched.values():
+            unwatch()
         for key in list(self._sources):
             self._drop(key)
 
@@ -172,6 +170,8 @@ class Receiver:
             if pool.generation != ref.generation:
                 raise StaleHandle(f"handle of {ref.worker} is from a {kind_of(ref)} pool that is gone")
             self._sources[key] = _Source(pool, self._map(pool, endpoint))
+            if ref.worker not in self._watched:
+                self._watched[ref.worker] = self._system.watch(ref.worker, self._forget)
             return self._sources[key]
 
     def _map(self, pool: PoolRef, endpoint: Endpoint) -> MappedPool | None:
@@ -191,6 +191,11 @@ class Receiver:
         except CannotMap as error:
             _log.warning("cannot map, using the socket", worker=pool.worker, kind=pool.kind, reason=str(error))
             return None
+
+    def _forget(self, worker: WorkerId) -> None:
+        """Its link is lost. Should it still live, its pools are asked for and mapped again."""
+        for key in [key for key in self._sources if key[0] == worker]:
+            self._drop(key)
 
     def _drop(self, key: tuple[WorkerId, str]) -> None:
         source = self._sources.pop(key)
