@@ -155,7 +155,7 @@ def _all_subclasses(cls: type[EpdError]) -> list[type[EpdError]]:
     return [cls, *(found for sub in cls.__subclasses__() for found in _all_subclasses(sub))]
 
 
-_BY_CODE: dict[str, type[EpdError]] = {cls.code: cls for cls in reversed(_all_subclasses(EpdError))}
+_BY_CODE: dict[str, type[EpdError]] = {cls.code: cls for cls in reversed(_all_subclasses(EpdError)[1:])}
 
 
 class RemoteError(EpdError):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, assert_never, cast
 
-from epd.errors import BodyTooLarge, EpdError, Overloaded, PeerLost, Refused, from_wire
+from epd.errors import BodyTooLarge, CorruptTransfer, EpdError, Overloaded, PeerLost, Refused, from_wire
 from epd.log import Log
 from epd.microkernel.actor import Answer, Buffer, Mail, Reply
 from epd.microkernel.itemstream import ItemStream
@@ -225,7 +225,13 @@ class Link(asyncio.BufferedProtocol):
         match event:
             case events.Answered():
                 future = self._asks.pop(event.id, None)
-                if future is not None and not future.done():
+                if future is None or future.done():
+                    return
+                if event.mismatched:
+                    future.set_exception(
+                        CorruptTransfer("the answer's buffers do not fit the memory given for them")
+                    )
+                else:
                     future.set_result(Answer(event.message, event.buffers))
             case events.Delivered():
                 self._deliver(event)

@@ -10,7 +10,6 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 from epd.errors import InternalError
 from epd.log import Log
@@ -29,13 +28,6 @@ class RestartPolicy:
     window_s: float = 60.0
     first_backoff_s: float = 0.1
     max_backoff_s: float = 5.0
-
-
-@runtime_checkable
-class Drainable(Protocol):
-    """An actor that can be asked to take nothing new and to say when nothing is left."""
-
-    async def drained(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -94,11 +86,11 @@ class Supervisor:
         return len(self._children[name].restarted_at)
 
     async def drain(self, *, timeout_s: float) -> bool:
-        """Ask every Drainable actor, last started first, to finish what it has. False: time ran out first."""
+        """Have every actor, last started first, finish what it has. False: time ran out first."""
         try:
             async with asyncio.timeout(timeout_s):
                 for child in reversed(self._children.values()):
-                    if isinstance(child.actor, Drainable):
+                    if child.actor is not None:
                         await child.actor.drained()
         except TimeoutError:
             return False
