@@ -42,7 +42,7 @@ class TextModelRunner:
         block_size: int,
         num_threads: int = 1,
     ) -> None:
-        """`weights`: the text role's, or the `model` of another runner, to share one copy. BadConfig for a pool of other blocks."""
+        """`weights`: the text role's, or another runner's `model`, to share one copy. BadConfig for a pool of other blocks."""
         _require_cpu(backend)
         if kv_pool.layout != config.kv_layout(block_size):
             raise BadConfig(f"the KV pool's blocks are not those of this model with {block_size} tokens a block")
