@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from epd.errors import BadConfig
 
@@ -76,7 +77,7 @@ class ServeConfig:
     model: str
     served_model_name: str
     device: str
-    load_format: str
+    load_format: Literal["safetensors", "dummy"]
     num_threads: int
     log_level: str
     is_supervised: bool  # tells progress in words for `epd cluster`, and stops when standard input closes

@@ -164,5 +164,4 @@ class RemoteError(EpdError):
 
 def from_wire(failed: Failed) -> EpdError:
     """The exception that a `Failed` message stands for."""
-    error = _BY_CODE.get(failed.code, RemoteError)(failed.message)
-    return error
+    return _BY_CODE.get(failed.code, RemoteError)(failed.message)

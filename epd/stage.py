@@ -85,7 +85,8 @@ class StageActor(Actor):
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while await self.step():
+            if await self.step():
+                self._wake.set()
                 # A step that had nothing to await would keep the mailbox from being read.
                 await asyncio.sleep(0)
 

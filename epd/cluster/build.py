@@ -1,7 +1,7 @@
 """Puts the stages of one process together: backend, weights, pools, schedulers, actors.
 
-The heavy half (`load`) touches no event loop and may run on any thread; the light half (`StageParts.actors`) wires what was loaded
-to a running system. Prefill and decode of one process share one weight copy and one KV pool.
+The heavy half (`load`) touches no event loop and may run on any thread; the light half (`StageParts.actors`) wires what was
+loaded to a running system. Prefill and decode of one process share one weight copy and one KV pool.
 """
 
 from __future__ import annotations
@@ -186,10 +186,10 @@ def load(config: ServeConfig, folder: Path, model: ModelConfig, report: Report) 
     Raises:
         BadCheckpoint, BadConfig: and then nothing is left behind.
     """
-    from epd.model.text import TextModel
     from epd.model.runner import VisionModelRunner
-    from epd.model.weights import load_text_weights, load_vision_weights
+    from epd.model.text import TextModel
     from epd.model.vision import VisionModel
+    from epd.model.weights import load_text_weights, load_vision_weights
     from gpu.kernels.compiler import warm_up
 
     backend = open_backend(config.device)

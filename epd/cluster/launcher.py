@@ -2,8 +2,8 @@
 
 Owns: the processes. Knows: which command starts which role, what their progress lines say. Does not know: what they do.
 
-A process tells its progress in lines on its standard output (`protocol` of two: `progress TEXT`, `ready TEXT`). Its standard input
-stays open as long as this process lives: when it closes, the process stops by itself, so that nothing outlives a killed launcher.
+A process tells its progress in lines on its standard output (`progress TEXT` and `ready TEXT`). Its standard input stays open as
+long as this process lives: when it closes, the process stops by itself, so that nothing outlives a killed launcher.
 """
 
 from __future__ import annotations
@@ -174,16 +174,20 @@ class Launcher:
         for process in running:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
-        waits = [asyncio.create_task(process.wait()) for process in running]
+        ended = asyncio.create_task(_all_ended(running))
         force = asyncio.create_task(self._force.wait())
-        everything = asyncio.gather(*waits)
-        await asyncio.wait([everything, force], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((ended, force), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         force.cancel()
         for process in running:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
-        await everything
+        await ended
+
+
+async def _all_ended(processes: Sequence[asyncio.subprocess.Process]) -> None:
+    for process in processes:
+        await process.wait()
 
 
 def _free_port() -> int:

@@ -23,7 +23,9 @@ _log = Log("membership")
 
 
 class Membership(Actor):
-    """One per process that hosts stages. `find_gateway` tells the gateway's worker id, once it can be reached. `on_joined` is called at the first join, `on_refused` when joining can never succeed."""
+    """One per process that hosts stages. `find_gateway` tells the gateway's worker id, once it can be reached; `on_joined` is called
+    at every join, `on_refused` when joining can never succeed, `on_drain` when the cluster asks this worker to leave.
+    """
 
     def __init__(
         self,

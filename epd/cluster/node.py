@@ -171,7 +171,12 @@ class Node:
             block_size=config.engine.block_size,
         )
         membership = Membership(
-            partial(self._find_gateway, system), join, actors, on_joined=self._joined, on_refused=self._refused, on_drain=self.stop
+            partial(self._find_gateway, system),
+            join,
+            actors,
+            on_joined=self._joined,
+            on_refused=self._refused,
+            on_drain=self.stop,
         )
         await system.register("membership", membership)
         return membership

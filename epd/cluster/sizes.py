@@ -1,4 +1,4 @@
-"""How large the pools of a worker are, and how long a request may be: from the model, the memory at hand and the operator's wishes.
+"""How large the pools of a worker are and how long a request may be: from the model, the memory and the operator's wishes.
 
 Pure numbers; what is decided here is printed at start.
 """
@@ -52,9 +52,10 @@ def decide(model: ModelConfig, engine: EngineConfig, *, free_bytes: int) -> Size
     # One block of a request's last token may be partly filled, so the longest request is a whole number of blocks.
     max_model_len = min(wanted_len, num_blocks * engine.block_size)
     if engine.max_model_len and max_model_len < engine.max_model_len:
+        wanted_bytes = -(-engine.max_model_len // engine.block_size) * block_bytes
         raise BadConfig(
-            f"--max-model-len {engine.max_model_len} takes {-(-engine.max_model_len // engine.block_size) * block_bytes / 2**20:.0f} MiB of KV, "
-            f"and the pool has {num_blocks * block_bytes / 2**20:.0f} MiB: raise --kv-mib or lower the length"
+            f"--max-model-len {engine.max_model_len} takes {wanted_bytes / 2**20:.0f} MiB of KV, and the pool has "
+            f"{num_blocks * block_bytes / 2**20:.0f} MiB: raise --kv-mib or lower the length"
         )
     row_bytes = model.embedding_width * _FLOAT_BYTES
     return Sizes(
@@ -75,7 +76,9 @@ def _num_kv_blocks(engine: EngineConfig, block_bytes: int, max_len: int, free_by
     wanted = -(-max(DEFAULT_KV_TOKENS, 2 * max_len) // engine.block_size)
     affordable = int(free_bytes * KV_SHARE) // block_bytes
     if affordable < 1:
-        raise BadConfig(f"{free_bytes / 2**20:.0f} MiB of memory are free, too little for KV blocks of {block_bytes / 2**20:.2f} MiB")
+        raise BadConfig(
+            f"{free_bytes / 2**20:.0f} MiB of memory are free, too little for KV blocks of {block_bytes / 2**20:.2f} MiB"
+        )
     return min(wanted, affordable)
 
 
@@ -90,5 +93,7 @@ def _num_embedding_blocks(model: ModelConfig, engine: EngineConfig, row_bytes: i
         rows = min(max(DEFAULT_EMBEDDING_ROWS, 2 * largest), int(free_bytes * EMBEDDING_SHARE) // row_bytes)
     num_blocks = rows // EMBEDDING_BLOCK_ROWS
     if num_blocks < 1:
-        raise BadConfig(f"the embedding pool would hold {rows} rows, less than a block of {EMBEDDING_BLOCK_ROWS}: raise --embedding-mib")
+        raise BadConfig(
+            f"the embedding pool would hold {rows} rows, less than a block of {EMBEDDING_BLOCK_ROWS}: raise --embedding-mib"
+        )
     return num_blocks

@@ -1,7 +1,7 @@
 """The decode stage: KV in, one token per step and request out.
 
-The I/O shell round `DecodeScheduler`: it pulls KV into reserved blocks while prefill still works, runs planned steps on its stream,
-and tells gateways the tokens of each step.
+The I/O shell round `DecodeScheduler`: it pulls KV into reserved blocks while prefill still works, runs planned steps on its
+stream, and tells gateways the tokens of each step.
 
 Owns: the decode of each request here (`entry.Entry`) and the KV pool's memory. Does not know: text, images, who placed what.
 """
@@ -115,7 +115,7 @@ class DecodeActor(StageActor):
             entry.pull = self.spawn(self._copy(entry, reservation), name=f"pull {entry.request.request_id}")
 
     async def _copy(self, entry: Entry, reservation: Reservation) -> None:
-        """Pull a request's KV into its reserved blocks. Until that has ended, one way or another, the blocks are not given back."""
+        """Pull a request's KV into its reserved blocks, which are not given back before that has ended, one way or another."""
         request = entry.request
         try:
             handoff = await self._pull(entry, Copying(reservation, self._receiver, self._memory))
@@ -290,5 +290,3 @@ class DecodeActor(StageActor):
         self._memory.check_integrity()
         if not self._shares_pool:
             self._blocks.check_integrity(self.tables())
-
-

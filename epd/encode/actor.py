@@ -86,7 +86,9 @@ class EncodeActor(StageActor):
         if len(mail.buffers) != 1:
             raise InternalError(f"an image came in {len(mail.buffers)} buffers")
         if self._cache.num_blocks_of(item.num_tokens) > self._cache.num_blocks:
-            raise BadImage(f"an image of {item.num_tokens} tokens is more than this server's embedding pool holds: send a smaller one")
+            raise BadImage(
+                f"an image of {item.num_tokens} tokens is more than this server's embedding pool holds: send a smaller one"
+            )
         job = self._batcher.add(message.request_id, message.epoch, item, now + message.deadline_s)
         self._images.setdefault(item.mm_hash, mail.buffers[0])
         self._replies.setdefault(job.waiters[-1], []).append((mail.reply, now))

@@ -1,7 +1,7 @@
 """One try at a request with chosen workers: the asks to encode, prefill and decode that run side by side.
 
 The images go to encode workers one by one; the prompt goes to the prefill worker at once, which runs up to the first image that
-is not there yet; decode reserves blocks and pulls KV while prefill still works. Every ask ends in an event; the journey reads them.
+is not there yet; decode reserves blocks and pulls KV while prefill still works. Every ask ends in an event, for the journey.
 
 Owns: the tasks of its asks. Knows: who is asked what. Does not know: whether to try again.
 """

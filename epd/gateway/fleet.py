@@ -52,7 +52,9 @@ class Member:
 class Placed:
     """The workers of one attempt. `release` when it has ended, whichever way."""
 
-    def __init__(self, placement: Placement, prefill: Endpoint, decode: Endpoint, assignments: tuple[Assignment, Assignment]) -> None:
+    def __init__(
+        self, placement: Placement, prefill: Endpoint, decode: Endpoint, assignments: tuple[Assignment, Assignment]
+    ) -> None:
         self.prefill = prefill
         self.decode = decode
         self._placement = placement
@@ -73,7 +75,15 @@ class Fleet(Actor):
     """`model` and `layout` are what a worker must serve to be let in. `needs_encode`: the model takes images."""
 
     def __init__(
-        self, placement: Placement, *, model: str, layout: int, block_size: int, needs_encode: bool, clock: Clock, on_change: Callable[[], None] = lambda: None
+        self,
+        placement: Placement,
+        *,
+        model: str,
+        layout: int,
+        block_size: int,
+        needs_encode: bool,
+        clock: Clock,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self._placement = placement
@@ -104,8 +114,8 @@ class Fleet(Actor):
         worker = join.endpoint.worker
         if join.layout != self._layout:
             raise Refused(
-                f"worker {worker} serves {join.model} with block size {join.block_size}, this cluster {self._model} with {self._block_size}: "
-                "start it with the same --model, --load-format and --block-size"
+                f"worker {worker} serves {join.model} with block size {join.block_size}, this cluster {self._model} with "
+                f"{self._block_size}: start it with the same --model, --load-format and --block-size"
             )
         now = self._clock()
         loads = tuple(StageLoad(role) for role in join.roles)
@@ -140,7 +150,9 @@ class Fleet(Actor):
 
     # --- choosing ---------------------------------------------------------------------------------------------------
 
-    async def place(self, token_ids: tuple[int, ...], request: GenerateRequest, *, avoid: frozenset[WorkerId], timeout_s: float) -> Placed:
+    async def place(
+        self, token_ids: tuple[int, ...], request: GenerateRequest, *, avoid: frozenset[WorkerId], timeout_s: float
+    ) -> Placed:
         """Choose a prefill and a decode worker; waits, within bounds, until there is one of each.
 
         Raises:

@@ -90,7 +90,13 @@ class Journey:
         )
         self._epoch += 1
         return Attempt(
-            self._stages, self._request, self.request_id, placed, token_ids=token_ids, epoch=self._epoch, timeout_s=self._time_left()
+            self._stages,
+            self._request,
+            self.request_id,
+            placed,
+            token_ids=token_ids,
+            epoch=self._epoch,
+            timeout_s=self._time_left(),
         )
 
     async def _run(self, attempt: Attempt) -> AsyncGenerator[OutputToken, None]:

@@ -28,7 +28,14 @@ class Gateway:
     """Implements `epd.gateway.engine.Engine`."""
 
     def __init__(
-        self, *, model_name: str, tokenizer: Tokenizer, stages: Stages, admission: Admission, max_model_len: int, metrics: GatewayMetrics
+        self,
+        *,
+        model_name: str,
+        tokenizer: Tokenizer,
+        stages: Stages,
+        admission: Admission,
+        max_model_len: int,
+        metrics: GatewayMetrics,
     ) -> None:
         self._model_name = model_name
         self._tokenizer = tokenizer

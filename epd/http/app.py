@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import re
 import uuid
 from collections.abc import Awaitable, Callable
@@ -64,7 +65,9 @@ class HttpServer:
             BadConfig: the address cannot be listened on.
         """
         # handler_cancellation: a client that leaves cancels its handler, which closes the engine's generator.
-        self._runner = web.AppRunner(self._application(), handler_cancellation=True, access_log=None, shutdown_timeout=_CLOSE_S)
+        self._runner = web.AppRunner(
+            self._application(), handler_cancellation=True, access_log=None, logger=_protocol_log(), shutdown_timeout=_CLOSE_S
+        )
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, self._config.host, self._config.port).start()
@@ -111,7 +114,7 @@ class HttpServer:
         app.router.add_get("/health", probes.health)
         app.router.add_get("/ready", probes.ready)
         app.router.add_get("/metrics", probes.metrics)
-        app.on_response_prepare.append(_set_request_id)
+        app.on_response_prepare.append(_set_headers)
         return app
 
     @web.middleware
@@ -169,8 +172,16 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")  # as header fields are decoded
 
 
-async def _set_request_id(request: web.Request, response: web.StreamResponse) -> None:
+def _protocol_log() -> logging.Logger:
+    """Bytes that are no HTTP are answered with 400; a traceback for each would let anybody fill the log."""
+    logger = logging.getLogger("epd.http.protocol")
+    logger.setLevel(logging.CRITICAL)
+    return logger
+
+
+async def _set_headers(request: web.Request, response: web.StreamResponse) -> None:
     """The client's own id comes back; a client without one gets one to quote."""
+    response.headers["Server"] = "epd"
     given = request.headers.get("X-Request-Id", "")
     response.headers["X-Request-Id"] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 

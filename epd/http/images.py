@@ -42,6 +42,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(ip.packed[-4:])
         if inner is not None:
             return is_public(str(inner))
+        if ip.is_site_local:
+            return False  # the old private range, which is_global does not know
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 

@@ -233,9 +233,7 @@ class PrefillActor(StageActor):
     def _finish(self, entry: Entry, token: Token, now: float) -> None:
         request = entry.request
         entry.token, entry.finished_at = token, now
-        entry.reply.send(
-            Prefilled(request.request_id, request.epoch, token, request.num_cached_tokens, spans=entry.spans(now))
-        )
+        entry.reply.send(Prefilled(request.request_id, request.epoch, token, request.num_cached_tokens, spans=entry.spans(now)))
         if entry.hand_over is not None:
             entry.hand_over.end(token)
         elif token.finish_reason:
@@ -272,7 +270,9 @@ class PrefillActor(StageActor):
 
     def sweep(self, now: float) -> None:
         for request_id in self._scheduler.expired(now):
-            self._abort(request_id, self._entries[request_id].request.epoch, DeadlineExceeded("the request ran out of time in prefill"))
+            self._abort(
+                request_id, self._entries[request_id].request.epoch, DeadlineExceeded("the request ran out of time in prefill")
+            )
         for entry in list(self._entries.values()):
             if entry.finished_at is not None and now > entry.finished_at + self._lease_s:
                 self._abort(entry.request.request_id, entry.request.epoch, StaleHandle("nobody fetched the KV in time"))
@@ -320,6 +320,8 @@ class PrefillActor(StageActor):
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
         self._memory.check_integrity()
-        known = {request_id for request_id, entry in self._entries.items() if self._scheduler.get(request_id) is not entry.request}
+        known = {
+            request_id for request_id, entry in self._entries.items() if self._scheduler.get(request_id) is not entry.request
+        }
         if known:
             raise InternalError(f"prefill holds entries of requests that its scheduler has forgotten: {sorted(known)}")

@@ -435,5 +435,3 @@ class PrefillScheduler:
 
     def _num_blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)
-
-

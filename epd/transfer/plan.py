@@ -1,7 +1,7 @@
 """How bytes get from one worker to another: the decision, without the bytes.
 
-The ladder, best first: `local` (both ends in one process: the table moves, no byte does), `mapped` (one host: the receiver maps the
-sender's pool and copies out of it), `socket` (another host: the owner sends the blocks over the link).
+The ladder, best first: `local` (both ends in one process: the table moves, no byte does), `mapped` (one host: the receiver maps
+the sender's pool and copies out of it), `socket` (another host: the owner sends the blocks over the link).
 """
 
 from __future__ import annotations
