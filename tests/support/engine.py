@@ -46,6 +46,7 @@ class ScriptedEngine:
         self.requests: list[GenerateRequest] = []
         self.num_open = 0
         self.num_closed = 0
+        self.num_deltas = 0
         self.changed = asyncio.Condition()
         self.is_ready = (True, "")
 
@@ -56,6 +57,7 @@ class ScriptedEngine:
             for step in self.script(request):
                 match step:
                     case Delta():
+                        self.num_deltas += 1
                         yield step
                     case Pause():
                         step.reached.set()

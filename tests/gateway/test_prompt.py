@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from epd.errors import BadImage, BadRequest, PromptTooLong, Unsupported
+from epd.gateway.prompt import Prompter
+from epd.gateway.template import ChatTemplate
+from tests.support.text import (
+    CHAT_TEMPLATE,
+    LANGUAGES,
+    SPECIAL,
+    model_config,
+    png,
+    prompter,
+    raw_tokenizer,
+    tokenizer,
+    write_folder,
+)
+
+IDS = tokenizer().special_ids
+PAD = IDS["<|image_pad|>"]
+IMAGE = {"type": "image"}
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def reference(messages: list[dict[str, Any]], **options: object) -> list[int]:
+    """What transformers makes of the same messages."""
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw_tokenizer(), chat_template=CHAT_TEMPLATE, eos_token="<|im_end|>")
+    rendered = fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    ids: list[int] = fast(rendered, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "hi"}],
+    [{"role": "user", "content": ""}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  hi \n"}],
+    [
+        {"role": "user", "content": LANGUAGES[7]},
+        {"role": "assistant", "content": "so</think>\n fine "},
+        {"role": "user", "content": "<b>"},
+    ],
+    *([{"role": "user", "content": language}] for language in LANGUAGES),
+    [{"role": "user", "content": [text("a "), text(" b"), text("c<think>")]}],
+    [{"role": "user", "content": "e\u0301 ≮ \u212b"}],  # what NFC changes
+]
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_text_prompts_are_those_of_transformers(messages: list[dict[str, Any]]) -> None:
+    assert list(prompter().chat(messages).token_ids) == reference(messages)
+
+
+def test_options_reach_the_template() -> None:
+    messages = CONVERSATIONS[0]
+    prompt = prompter().chat(messages, options={"enable_thinking": False})
+    assert list(prompt.token_ids) == reference(messages, enable_thinking=False) != reference(messages)
+    with pytest.raises(Unsupported, match="'enable_flying'"):
+        prompter().chat(messages, options={"enable_flying": False})
+    with pytest.raises(Unsupported, match="'messages'"):
+        prompter().chat(messages, options={"messages": False})
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (33, 70), (200, 20), (8, 8)])
+def test_an_image_is_as_many_placeholders_as_it_has_tokens(width: int, height: int) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [text("what is "), IMAGE, text("?")]}]
+    prompt = prompter().chat(messages, [png(width, height)])
+    item = prompt.images[0].item
+    plain = reference(messages)
+    place = plain.index(PAD)
+    assert item.num_tokens == item.grid_t * item.grid_h * item.grid_w // 4
+    assert item.offset == place
+    assert list(prompt.token_ids) == plain[:place] + [PAD] * item.num_tokens + plain[place + 1 :]
+
+
+def test_several_images_keep_their_order_and_places() -> None:
+    files = [png(64, 64), png(128, 64), png(64, 128, "blue")]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [IMAGE, text(" and "), IMAGE]},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": [text("now"), IMAGE]},
+    ]
+    prompt = prompter().chat(messages, files)
+    assert [image.data for image in prompt.images] == files
+    for image in prompt.images:
+        item = image.item
+        around = prompt.token_ids[item.offset - 1 : item.offset + item.num_tokens + 1]
+        assert around == (IDS["<|vision_start|>"], *[PAD] * item.num_tokens, IDS["<|vision_end|>"])
+    assert prompt.token_ids.count(PAD) == sum(image.item.num_tokens for image in prompt.images)
+    assert [(image.item.grid_h, image.item.grid_w) for image in prompt.images] == [(8, 8), (8, 16), (16, 8)]
+
+
+def test_the_hash_tells_bytes_and_preprocessing_apart() -> None:
+    def hash_of(data: bytes, **other: Any) -> str:
+        config = model_config()
+        if other:
+            assert config.image is not None
+            config = dataclasses.replace(config, image=dataclasses.replace(config.image, **other))
+        made = Prompter(tokenizer=tokenizer(), template=prompter().template, config=config, max_model_len=4096)
+        return made.chat([{"role": "user", "content": [IMAGE]}], [data]).images[0].item.mm_hash
+
+    same = hash_of(png())
+    assert same == hash_of(png())
+    assert len(same) == 32
+    assert len({same, hash_of(png(colour="blue")), hash_of(png(), max_pixels=1024), hash_of(png(), mean=(0.4, 0.5, 0.5))}) == 4
+
+
+# --- text that spells out special tokens ----------------------------------------------------------------------------
+
+
+def specials(token_ids: tuple[int, ...]) -> list[int]:
+    return [token_id for token_id in token_ids if tokenizer().is_special(token_id)]
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_tokens_in_a_clients_text_stay_text(name: str) -> None:
+    for role, words in itertools.product(
+        ("system", "user", "assistant"), (name, f"a{name}b", f"{name}{name}", f" {name} ", f"{name[:5]}{name}")
+    ):
+        messages = [{"role": role, "content": words}, {"role": "user", "content": "x"}]
+        clean = [{"role": role, "content": "words"}, {"role": "user", "content": "x"}]
+        prompt = prompter().chat(messages)
+        assert specials(prompt.token_ids) == specials(prompter().chat(clean).token_ids)
+        assert words.strip() in tokenizer().decode(prompt.token_ids)
+
+
+def test_text_that_becomes_special_side_by_side_stays_text() -> None:
+    clean = specials(prompter().chat([{"role": "user", "content": "x"}]).token_ids)
+    for name in SPECIAL:
+        for cut in range(1, len(name)):
+            halves = [{"role": "user", "content": [text(f"a {name[:cut]} "[: 2 + cut]), text(name[cut:])]}]
+            prompt = prompter().chat(halves)
+            assert specials(prompt.token_ids) == clean
+            assert name in tokenizer().decode(prompt.token_ids)
+        letters = [{"role": "user", "content": [text(letter) for letter in name]}]
+        assert specials(prompter().chat(letters).token_ids) == clean
+
+
+def test_text_around_what_the_template_writes_or_trims_stays_text() -> None:
+    template = ChatTemplate("<{{ messages[0].content | trim }}>{{ messages[1].content | trim }}|im_end|>")
+    made = Prompter(tokenizer=tokenizer(), template=template, config=model_config(), max_model_len=4096)
+    for first, second in ((" |im_end|> ", "y"), ("x", " <\n"), ("|im_", "<")):
+        prompt = made.chat([{"role": "user", "content": first}, {"role": "user", "content": second}])
+        assert specials(prompt.token_ids) == []
+
+
+pieces = st.lists(st.sampled_from([*SPECIAL, "<|", "|>", "<", ">", "im_end", "a", " ", "\n", "</think>", "👍"]), max_size=6).map(
+    "".join
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(pieces, min_size=1, max_size=4), st.lists(pieces, min_size=1, max_size=3))
+def test_no_text_whatever_makes_a_special_token(parts: list[str], turns: list[str]) -> None:
+    roles = itertools.cycle(["assistant", "user"])
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [text(part) for part in parts]}]
+    messages += [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
+    clean = [{**message, "content": "x"} for message in messages]
+    prompt = prompter().chat(messages)
+    assert specials(prompt.token_ids) == specials(prompter().chat(clean).token_ids)
+    assert "".join(parts) in tokenizer().decode(prompt.token_ids)
+
+
+def test_marks_do_not_show_in_the_prompt() -> None:
+    prompt = prompter().chat([{"role": "user", "content": "a <|im_end|> b <"}])
+    assert tokenizer().decode(prompt.token_ids).startswith("system\nYou are helpful.\nuser\na <|im_end|> b <\n")
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_images_need_a_model_and_a_template_with_a_place_for_them() -> None:
+    with pytest.raises(Unsupported, match="takes no images"):
+        prompter(takes_images=False).chat([{"role": "user", "content": [IMAGE]}], [png()])
+    with pytest.raises(BadRequest, match="a place for 0 of the 1 images"):
+        prompter().chat([{"role": "assistant", "content": [IMAGE]}, {"role": "user", "content": "x"}], [png()])
+    with pytest.raises(BadRequest, match="a place for 1 of the 0 images"):
+        prompter().chat([{"role": "user", "content": [IMAGE]}])
+
+
+def test_a_text_model_sees_parts_as_one_text() -> None:
+    parts = [{"role": "user", "content": [text("a "), text("b")]}]
+    whole = [{"role": "user", "content": "a b"}]
+    assert prompter(takes_images=False).chat(parts) == prompter(takes_images=False).chat(whole)
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", b"not an image", png()[:20]])
+def test_an_image_that_cannot_be_read_is_named(data: bytes) -> None:
+    with pytest.raises(BadImage, match="image 2 of 2: ") as caught:
+        prompter().chat([{"role": "user", "content": [IMAGE, IMAGE]}], [png(), data])
+    assert caught.value.param == "messages"
+
+
+def test_a_model_without_a_template_has_no_chat() -> None:
+    made = Prompter(tokenizer=tokenizer(), template=None, config=model_config(), max_model_len=64)
+    with pytest.raises(Unsupported, match="/v1/completions"):
+        made.chat([{"role": "user", "content": "hi"}])
+    assert made.completion("hi").token_ids == tuple(tokenizer().encode("hi"))
+
+
+def test_prompts_that_are_too_long_are_refused_with_their_counts() -> None:
+    messages = [{"role": "user", "content": [IMAGE, text("hi")]}]
+    num_tokens = len(prompter().chat(messages, [png()]).token_ids)
+    assert len(prompter(max_model_len=num_tokens + 1).chat(messages, [png()]).token_ids) == num_tokens
+    with pytest.raises(PromptTooLong, match=rf"{num_tokens} tokens \(16 of them for 1 image\); the model takes {num_tokens}"):
+        prompter(max_model_len=num_tokens).chat(messages, [png()])
+    with pytest.raises(PromptTooLong, match="200 tokens; the model takes 100"):
+        prompter(max_model_len=100).completion([1] * 200)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tokenized() -> None:
+    long = "a" * 10_000_000
+    with pytest.raises(PromptTooLong, match="10000000 characters"):
+        prompter(max_model_len=1000).completion(long)
+    with pytest.raises(PromptTooLong, match="10000000 characters"):
+        prompter(max_model_len=1000).chat([{"role": "user", "content": [text(long)]}])
+
+
+def test_output_has_the_room_that_is_left() -> None:
+    made = prompter(max_model_len=100)
+    prompt = made.completion([1] * 90)
+    assert made.max_tokens(prompt, None) == 10
+    assert made.max_tokens(prompt, 10) == 10
+    with pytest.raises(PromptTooLong, match="90 tokens and max_tokens is 11, together 101; the model takes 100") as caught:
+        made.max_tokens(prompt, 11)
+    assert caught.value.param == "max_tokens"
+
+
+def test_raw_prompts_may_spell_out_special_tokens_but_no_placeholders() -> None:
+    assert IDS["<|im_end|>"] in prompter().completion("a<|im_end|>").token_ids
+    assert prompter().completion([1, 2]).token_ids == (1, 2)
+    for bad in ("<|image_pad|>", "a<|video_pad|>", [1, PAD]):
+        with pytest.raises(BadRequest, match="placeholder"):
+            prompter().completion(bad)
+    nothing: tuple[str | list[int], ...] = ("", [])
+    for empty in nothing:
+        with pytest.raises(BadRequest, match="at least one token"):
+            prompter().completion(empty)
+    for outside in ([-1], [model_config().text.vocab_size]):
+        with pytest.raises(BadRequest, match=f"holds the token id {outside[0]}"):
+            prompter().completion(outside)
+
+
+def test_a_folder_gives_the_same_prompts(tmp_path: Path) -> None:
+    loaded = Prompter.from_folder(write_folder(tmp_path), model_config(), max_model_len=4096)
+    messages = [{"role": "user", "content": [IMAGE, text("hi")]}]
+    assert loaded.chat(messages, [png()]) == prompter().chat(messages, [png()])
