@@ -109,7 +109,8 @@ class Launcher:
                 backoff_s = FIRST_BACKOFF_S
             _log.warning("process ended, starting it again", process=member.name, status=status, in_s=backoff_s)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), backoff_s)
+                async with asyncio.timeout(backoff_s):
+                    await self._stop.wait()
             backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
     async def _start(self, member: _Member) -> asyncio.subprocess.Process:

@@ -23,7 +23,7 @@ _log = Log("membership")
 
 
 class Membership(Actor):
-    """One per process that hosts stages. `find_gateway` tells the gateway's worker id, once it can be reached; `on_joined` is called
+    """One per process that hosts stages. `find_gateway` tells the gateway's worker id once it is there; `on_joined` is called
     at every join, `on_refused` when joining can never succeed, `on_drain` when the cluster asks this worker to leave.
     """
 
@@ -113,6 +113,8 @@ class Membership(Actor):
                 pass  # a busy gateway misses one report
             self._report_now.clear()
             try:
-                await asyncio.wait_for(self._report_now.wait(), REPORT_S)
+                # Not wait_for(): in Python 3.11 that one forgets a cancellation that comes together with the event.
+                async with asyncio.timeout(REPORT_S):
+                    await self._report_now.wait()
             except TimeoutError:
                 pass

@@ -196,7 +196,8 @@ class Fleet(Actor):
                 if left <= 0:
                     raise
                 try:
-                    await asyncio.wait_for(changed.wait(), left)
+                    async with asyncio.timeout(left):
+                        await changed.wait()
                 except TimeoutError:
                     continue  # and fail with what is missing
 
