@@ -12,6 +12,7 @@ import fcntl
 import mmap
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -107,17 +108,35 @@ def map_shared(pid: int, fd: int, inode: int, size: int) -> Bytes:
         os.close(own)
 
 
-def available_bytes() -> int:
-    """Memory that can still be taken without swapping: the least of what the machine and this control group have left."""
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    available = int(fields["MemAvailable"].split()[0]) * 1024
+def available_bytes(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that can still be taken without swapping: the least of what the machine and our control groups have left."""
+    available = _numbers(proc / "meminfo")["MemAvailable"] * 1024
+    for line in (proc / "self/cgroup").read_text().splitlines():
+        if line.startswith("0::"):  # version 2, the only one that has limits for all memory in one place
+            group = cgroups / line[3:].lstrip("/")
+            for each in [group, *group.parents]:
+                if each.is_relative_to(cgroups):
+                    available = min(available, _left_in_group(each, available))
+    return max(0, available)
+
+
+def _left_in_group(group: Path, otherwise: int) -> int:
+    """A control group's limit less its use; the page cache counts as its use and can be taken back."""
     try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            text = limit.read().strip()
-            return available if text == "max" else max(0, min(available, int(text) - int(current.read())))
-    except OSError:
-        return available
+        limit = (group / "memory.max").read_text().strip()
+        if limit == "max":
+            return otherwise
+        use = int((group / "memory.current").read_text())
+        stat = _numbers(group / "memory.stat")
+        return int(limit) - use + stat["inactive_file"] + stat["active_file"]
+    except OSError:  # the root group has no such files, and a container may not show them
+        return otherwise
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The first number of each line, by the line's first word."""
+    rows = (line.replace(":", " ").split() for line in file.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def _map(fd: int, size: int, *, writable: bool) -> Bytes:

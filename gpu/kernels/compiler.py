@@ -40,11 +40,16 @@ class Kernel(Generic[P, R]):
         self._function = function
         self._signature = signature
         self._dispatcher: Callable[P, R] | None = None
+        self.was_cached = False  # known once it is compiled
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self._dispatcher is None:
             self.compile()
         return cast("Callable[P, R]", self._dispatcher)(*args, **kwargs)
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._dispatcher is not None
 
     def compile(self) -> None:
         """Compile, or load what an earlier run compiled. Safe to call from several threads and processes."""
@@ -52,7 +57,7 @@ class Kernel(Generic[P, R]):
             if self._dispatcher is not None:
                 return
             with _one_process_at_a_time():
-                self._dispatcher = _compiled(self._function, self._signature)
+                self._dispatcher, self.was_cached = _compiled(self._function, self._signature)
 
 
 def kernel(signature: str) -> Callable[[Callable[P, R]], Kernel[P, R]]:
@@ -90,7 +95,8 @@ def declared() -> Sequence[Kernel[..., Any]]:
     return tuple(_kernels)
 
 
-def _compiled(function: Callable[P, R], signature: str) -> Callable[P, R]:
+def _compiled(function: Callable[P, R], signature: str) -> tuple[Callable[P, R], bool]:
+    """The machine code and whether it was loaded."""
     options: dict[str, Any] = {"nogil": True, "fastmath": _FLOAT_RULES, "boundscheck": False}
     try:
         dispatcher = numba.njit(cache=True, **options)(function)
@@ -98,7 +104,7 @@ def _compiled(function: Callable[P, R], signature: str) -> Callable[P, R]:
         dispatcher = numba.njit(**options)(function)
     dispatcher.compile(signature)
     dispatcher.disable_compile()
-    return cast("Callable[P, R]", dispatcher)
+    return cast("Callable[P, R]", dispatcher), bool(dispatcher.stats.cache_hits)
 
 
 @contextmanager

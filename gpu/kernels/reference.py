@@ -82,8 +82,8 @@ def rope_store(
     q_out: Float,
 ) -> None:
     num_tokens, num_heads, head_dim = q_out.shape
-    heads = qkv.reshape(num_tokens, -1, head_dim)
     num_kv_heads = kv_pool.shape[3]
+    heads = qkv.reshape(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
     q, k, v = np.split(heads, [num_heads, num_heads + num_kv_heads], axis=1)
     q_out[:] = _rotated(_normalised(q, q_weight, eps), cos, sin)
     store_kv(_rotated(_normalised(k, k_weight, eps), cos, sin), v, kv_pool, layer, slots)

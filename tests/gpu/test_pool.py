@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpu.backend import Backend, open_backend
+from gpu.errors import BrokenPool, CannotMap, ChecksumMismatch, LayoutMismatch, OutOfMemory, PoolClosed
+from gpu.pool import MappedPool, Pool, PoolExport, PoolSpec, copy_blocks
+from tests.gpu.processes import exporter, holders
+
+LAYOUT = 0xFEDCBA9876543210
+
+
+@pytest.fixture
+def backend() -> Iterator[Backend]:
+    opened = open_backend("cpu")
+    yield opened
+    opened.close()
+
+
+def make_pool(backend: Backend, num_blocks: int = 6, block_bytes: int = 1000, layout: int = LAYOUT) -> Pool:
+    pool = backend.allocate_pool(PoolSpec(num_blocks, block_bytes, "kv", layout))
+    pool.blocks[:] = np.random.default_rng(1).integers(0, 256, pool.blocks.shape, dtype=np.uint8)
+    return pool
+
+
+class TestPool:
+    @pytest.mark.parametrize(
+        ("num_blocks", "block_bytes", "layout"), [(0, 1, 0), (1, 0, 0), (-1, 5, 0), (1, 1, -1), (1, 1, 1 << 64)]
+    )
+    def test_a_spec_that_cannot_be_is_refused(self, num_blocks: int, block_bytes: int, layout: int) -> None:
+        with pytest.raises(ValueError, match="not"):
+            PoolSpec(num_blocks, block_bytes, "kv", layout)
+
+    def test_more_than_there_is_is_refused(self, backend: Backend) -> None:
+        with pytest.raises(OutOfMemory) as caught:
+            backend.allocate_pool(PoolSpec(1 << 20, 1 << 30, "kv", LAYOUT))
+        assert caught.value.wanted_bytes > 1 << 50
+        assert 0 < caught.value.available_bytes < 1 << 50
+
+    def test_generations_are_random_and_of_63_bits(self, backend: Backend) -> None:
+        generations = {make_pool(backend).generation for _ in range(8)}
+        assert len(generations) == 8
+        assert all(0 <= generation < 1 << 63 for generation in generations)
+
+    def test_an_array_is_the_pool_itself(self, backend: Backend) -> None:
+        pool = make_pool(backend, num_blocks=3, block_bytes=2 * 5 * 4)
+        array = pool.array(np.float32, (2, 5))
+        assert array.shape == (3, 2, 5)
+        array[1, 1, 4] = 1.5
+        assert np.frombuffer(pool.block(1), np.float32)[9] == 1.5
+        pool.block(2)[:4] = np.float32(-2).tobytes()
+        assert array[2, 0, 0] == -2
+
+    def test_an_array_that_does_not_fill_its_blocks_is_refused(self, backend: Backend) -> None:
+        with pytest.raises(ValueError, match="take 36 bytes and this pool's have 1000"):
+            make_pool(backend).array(np.float32, (3, 3))
+
+    @pytest.mark.parametrize("block_id", [-1, 6])
+    def test_a_block_outside_of_the_pool_is_refused(self, backend: Backend, block_id: int) -> None:
+        pool = make_pool(backend)
+        for use in (pool.block, lambda i: pool.checksum([i]), backend.map_pool(pool.export()).block):
+            with pytest.raises(IndexError, match="not all inside a pool of 6 blocks"):
+                use(block_id)
+
+    @pytest.mark.parametrize("block_bytes", [1, 240, 241, 1000, 4096])
+    def test_checksums_are_those_of_the_library(self, backend: Backend, block_bytes: int) -> None:
+        pool = make_pool(backend, block_bytes=block_bytes)
+        assert pool.checksum([4, 0, 4]) == [xxhash.xxh3_64_intdigest(pool.block(i)) for i in (4, 0, 4)]
+        assert pool.checksum([]) == []
+
+    def test_a_closed_pool_refuses_everything(self, backend: Backend) -> None:
+        pool = make_pool(backend)
+        pool.close()
+        pool.close()
+        uses: list[Callable[[], object]] = [
+            lambda: pool.block(0),
+            lambda: pool.checksum([0]),
+            lambda: pool.array(np.uint8, (1000,)),
+            pool.export,
+            pool.check_integrity,
+        ]
+        for use in uses:
+            with pytest.raises(PoolClosed):
+                use()
+
+    def test_integrity_holds_for_any_content_of_the_blocks(self, backend: Backend) -> None:
+        pool = make_pool(backend, num_blocks=5, block_bytes=4096 + 7)
+        pool.blocks[:] = 255
+        pool.check_integrity()
+
+    def test_a_write_past_the_last_block_is_noticed(self, backend: Backend) -> None:
+        pool = make_pool(backend)
+        pool.memory.bytes[6 * 1000] = 1
+        with pytest.raises(BrokenPool, match="past the last block"):
+            pool.check_integrity()
+
+    def test_an_overwritten_label_is_noticed(self, backend: Backend) -> None:
+        pool = make_pool(backend)
+        pool.memory.bytes[-mmap.PAGESIZE + 8] ^= 1
+        with pytest.raises(BrokenPool, match="last page"):
+            pool.check_integrity()
+
+    def test_a_descriptor_that_became_something_else_is_noticed(self, backend: Backend) -> None:
+        pool = make_pool(backend)
+        other = os.memfd_create("other")
+        os.dup2(other, pool.memory.fd)
+        os.close(other)
+        with pytest.raises(BrokenPool, match="no longer"):
+            pool.check_integrity()
+
+
+class TestMappedPool:
+    def test_it_reads_what_the_owner_writes(self, backend: Backend) -> None:
+        pool = make_pool(backend)
+        mapped = backend.map_pool(pool.export())
+        pool.block(3)[:3] = b"abc"
+        assert bytes(mapped.block(3)[:3]) == b"abc"
+        assert mapped.block(3).readonly
+        assert (mapped.num_blocks, mapped.block_bytes) == (6, 1000)
+        assert (mapped.layout, mapped.generation) == (LAYOUT, pool.generation)
+
+    @pytest.mark.parametrize("field", ["generation", "layout", "inode", "fd", "pid", "num_blocks", "block_bytes"])
+    def test_a_handle_that_is_off_by_anything_is_refused(self, backend: Backend, field: str) -> None:
+        export = make_pool(backend, num_blocks=6, block_bytes=4096).export()
+        fields = {name: getattr(export, name) for name in PoolExport.__dataclass_fields__}
+        fields[field] += {"pid": 2**22, "fd": 1000}.get(field, 1)
+        wrong = PoolExport(**fields)
+        assert not backend.can_map(wrong)
+        with pytest.raises(CannotMap):
+            backend.map_pool(wrong)
+        assert backend.can_map(export)
+
+    def test_blocks_that_divide_the_same_memory_otherwise_are_refused(self, backend: Backend) -> None:
+        export = make_pool(backend, num_blocks=6, block_bytes=4096).export()
+        wrong = PoolExport(export.pid, export.fd, export.inode, 12, 2048, export.generation, export.layout)
+        assert wrong.size == export.size
+        with pytest.raises(CannotMap, match="not the pool of generation"):
+            backend.map_pool(wrong)
+
+    def test_it_ends_with_the_owner_s_close(self, backend: Backend) -> None:
+        pool = make_pool(backend)
+        mapped = backend.map_pool(pool.export())
+        before = mapped.is_current
+        pool.close()
+        assert (before, mapped.is_current) == (True, False)
+        with pytest.raises(PoolClosed):
+            mapped.block(0)
+
+    def test_it_ends_with_its_own_close(self, backend: Backend) -> None:
+        mapped = backend.map_pool(make_pool(backend).export())
+        block = mapped.block(1)
+        mapped.close()
+        assert not mapped.is_current
+        with pytest.raises(PoolClosed):
+            mapped.block(1)
+        assert len(bytes(block)) == 1000
+
+
+class TestCopyBlocks:
+    @pytest.mark.parametrize("with_checksums", [False, True])
+    @pytest.mark.parametrize("block_bytes", [1, 100, 241, 32 << 10, 1 << 20])
+    def test_blocks_arrive_where_they_belong_and_nothing_else_changes(
+        self, backend: Backend, block_bytes: int, with_checksums: bool
+    ) -> None:
+        src, dst = make_pool(backend, 5, block_bytes), make_pool(backend, 7, block_bytes)
+        dst.blocks[:] = 0
+        src_ids, dst_ids = [4, 0, 2], [1, 6, 3]
+        checksums = src.checksum(src_ids) if with_checksums else None
+        copy_blocks(backend.map_pool(src.export()), src_ids, dst, dst_ids, checksums)
+        expected = np.zeros((7, block_bytes), np.uint8)
+        expected[dst_ids] = src.blocks[src_ids]
+        np.testing.assert_array_equal(dst.blocks, expected)
+        dst.check_integrity()
+
+    @settings(max_examples=40, deadline=None)
+    @given(ids=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=6, unique_by=lambda pair: pair[1]))
+    def test_any_ids(self, ids: list[tuple[int, int]]) -> None:
+        backend = open_backend()
+        src, dst = make_pool(backend), make_pool(backend)
+        dst.blocks[:] = 0
+        copy_blocks(src, [a for a, _ in ids], dst, [b for _, b in ids], src.checksum([a for a, _ in ids]))
+        for a, b in ids:
+            np.testing.assert_array_equal(dst.blocks[b], src.blocks[a])
+        assert not dst.blocks[[i for i in range(6) if i not in {b for _, b in ids}]].any()
+        backend.close()
+
+    @pytest.mark.parametrize("block_bytes", [100, 1000, 1 << 20])
+    @pytest.mark.parametrize("position", [0, 57, -1])
+    def test_one_altered_byte_is_noticed_and_named(self, backend: Backend, block_bytes: int, position: int) -> None:
+        src, dst = make_pool(backend, 4, block_bytes), make_pool(backend, 4, block_bytes)
+        checksums = src.checksum([0, 1, 2, 3])
+        src.blocks[2, position] ^= 0x40
+        with pytest.raises(ChecksumMismatch) as caught:
+            copy_blocks(src, [0, 1, 2, 3], dst, [3, 2, 1, 0], checksums)
+        assert caught.value.index == 2
+
+    def test_pools_of_different_meaning_are_refused(self, backend: Backend) -> None:
+        with pytest.raises(LayoutMismatch):
+            copy_blocks(make_pool(backend), [0], make_pool(backend, layout=1), [0])
+        with pytest.raises(LayoutMismatch):
+            copy_blocks(make_pool(backend), [0], make_pool(backend, block_bytes=999), [0])
+
+    def test_ids_that_do_not_fit_are_refused_before_anything_is_written(self, backend: Backend) -> None:
+        src, dst = make_pool(backend), make_pool(backend)
+        before = dst.blocks.copy()
+        src.blocks[:] = 0
+        for src_ids, dst_ids in (([0, 6], [0, 1]), ([0, 1], [0, -1]), ([0, 1], [0, 6])):
+            with pytest.raises(IndexError):
+                copy_blocks(src, src_ids, dst, dst_ids)
+        with pytest.raises(ValueError, match="as many"):
+            copy_blocks(src, [0, 1], dst, [0])
+        with pytest.raises(ValueError, match="as many"):
+            copy_blocks(src, [0], dst, [0], [1, 2])
+        np.testing.assert_array_equal(dst.blocks, before)
+
+    def test_a_closed_pool_is_refused(self, backend: Backend) -> None:
+        src, dst = make_pool(backend), make_pool(backend)
+        mapped = MappedPool(src.export())
+        src.close()
+        with pytest.raises(PoolClosed):
+            copy_blocks(mapped, [0], dst, [0])
+        dst.close()
+        with pytest.raises(PoolClosed):
+            copy_blocks(make_pool(backend), [0], dst, [0])
+
+    def test_several_threads_copy_at_once(self, backend: Backend) -> None:
+        src, dst = make_pool(backend, 32, 64 << 10), make_pool(backend, 32, 64 << 10)
+        dst.blocks[:] = 0
+        checksums = src.checksum(range(32))
+
+        def copy(start: int) -> None:
+            for i in range(start, 32, 4):
+                copy_blocks(src, [i], dst, [31 - i], checksums[i : i + 1])
+
+        threads = [threading.Thread(target=copy, args=(start,)) for start in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        np.testing.assert_array_equal(dst.blocks, src.blocks[::-1])
+
+
+class TestBetweenProcesses:
+    def test_blocks_come_over_and_are_proven(self, backend: Backend) -> None:
+        dst = make_pool(backend, 4, 50_000)
+        with exporter(3, 50_000, LAYOUT) as other:
+            mapped = backend.map_pool(other.export)
+            copy_blocks(mapped, [2, 0], dst, [1, 3], [other.checksums[2], other.checksums[0]])
+            assert (dst.blocks[1] == 3).all()
+            assert (dst.blocks[3] == 1).all()
+            with pytest.raises(ChecksumMismatch):
+                copy_blocks(mapped, [1], dst, [0], [other.checksums[2]])
+
+    def test_its_close_is_noticed(self, backend: Backend) -> None:
+        with exporter(3, 500, LAYOUT) as other:
+            mapped = backend.map_pool(other.export)
+            other.close_pool()
+            with pytest.raises(PoolClosed):
+                mapped.block(0)
+            with pytest.raises(CannotMap):
+                backend.map_pool(other.export)
+
+    def test_after_kill_9_the_reader_still_reads_and_then_nothing_is_left(self, backend: Backend) -> None:
+        shared = set(os.listdir("/dev/shm"))
+        with exporter(3, 5000, LAYOUT) as other:
+            inode = other.export.inode
+            assert holders(inode) == {other.export.pid}
+            mapped = backend.map_pool(other.export)
+            assert holders(inode) == {other.export.pid, os.getpid()}
+            other.kill()
+            assert (np.frombuffer(mapped.block(2), np.uint8) == 3).all()
+            assert mapped.is_current
+            with pytest.raises(CannotMap, match="cannot open"):
+                backend.map_pool(other.export)
+            assert holders(inode) == {os.getpid()}
+            mapped.close()
+            assert holders(inode) == set()
+        assert not {name for name in set(os.listdir("/dev/shm")) - shared if "epd" in name}
