@@ -7,7 +7,7 @@ arrived last gives way: it is reported in the plan and prefilled again somewhere
 Why nothing waits for ever: the oldest running request is never preempted. With nobody left to preempt it sits out steps until
 receiving requests (or prefills on a shared pool) become running ones, which they do without needing another decode block; and
 alone it fits, as the pool holds `max_model_len` tokens. So it finishes, and the next is the oldest. A reservation has room for
-one token more than the prompt and leaves one free block per running request, so that every visit makes progress.
+one token more than the prompt and leaves one free block per earlier request, so that every visit makes progress.
 
 Owns: the requests and their block tables. Does not know: bytes, devices, messages.
 """
@@ -100,7 +100,8 @@ class DecodeScheduler:
         for request in list(self._waiting.values()):
             cached = self._pool.peek(request.hashes)
             num_fresh = self._num_blocks_of(request.num_tokens + 1) - cached.num_blocks
-            if num_fresh > self._pool.num_free - cached.num_evictable - len(self._running):
+            num_holders = len(self._requests) - len(self._waiting)
+            if num_fresh > self._pool.num_free - cached.num_evictable - num_holders:
                 break
             table = self._pool.lookup(request.hashes)
             fresh = self._pool.allocate(num_fresh)
