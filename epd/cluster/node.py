@@ -18,7 +18,7 @@ from epd.clock import monotonic
 from epd.cluster.build import StageParts, fingerprint, load
 from epd.cluster.membership import Membership
 from epd.config import ServeConfig
-from epd.errors import BadConfig, EpdError
+from epd.errors import BadConfig, EpdError, InternalError
 from epd.gateway.admission import Admission
 from epd.gateway.attempt import Stages
 from epd.gateway.fleet import Fleet
@@ -32,6 +32,7 @@ from epd.metrics import GatewayMetrics
 from epd.microkernel.system import System
 from epd.model.config import ModelConfig, load_model_config
 from epd.model.loader import resolve_model
+from epd.stage import StageActor
 from protocol.messages import Join, WorkerId
 
 FIND_TIMEOUT_S = 5.0
@@ -44,6 +45,16 @@ class _Front:
 
     http: HttpServer
     fleet: Fleet
+    router: TokenRouter
+    admission: Admission
+
+    def check_integrity(self) -> None:
+        self.fleet.check_integrity()
+        self.admission.check_integrity()
+        if not self.admission.is_idle() or self.router.num_listeners:
+            raise InternalError(
+                f"the gateway still has {self.admission.num_running} choices, {self.router.num_listeners} listeners"
+            )
 
 
 class Node:
@@ -59,6 +70,9 @@ class Node:
         self._started = time.monotonic()
         name = config.link.worker or f"{'-'.join(config.roles)}-{secrets.token_hex(3)}"
         self._worker = WorkerId(name)
+        self.system: System | None = None  # from `run` on
+        self.stages: tuple[StageActor, ...] = ()  # once they are registered
+        self._front: _Front | None = None
 
     def stop(self) -> None:
         """Drain and end `run`."""
@@ -73,30 +87,46 @@ class Node:
         config = self._config
         folder, model = await asyncio.to_thread(self._read_model)
         parts = await self._load_unless_stopped(folder, model)
-        system = System(
+        system = self.system = System(
             worker=self._worker,
             token=config.link.token,
             roles=config.roles,
             host=config.link.host,
             port=config.link.port,
             advertise_host=config.link.advertise_host,
+            unix=config.link.transfer != "socket",  # as between hosts, where only TCP leads
         )
-        front: _Front | None = None
         membership: Membership | None = None
         try:
             await self._listen(system)
             mark = fingerprint(config, folder, model)
             if "gateway" in config.roles:
-                front = await self._start_front(system, folder, model, mark)
+                self._front = await self._start_front(system, folder, model, mark)
             if parts is not None:
                 membership = await self._start_stages(system, parts, mark)
             await self._stop.wait()
         finally:
-            await self._wind_down(system, front, membership)
+            await self._wind_down(system, self._front, membership)
             if parts is not None:
                 parts.close()
         if self._error is not None:
             raise self._error
+
+    def check_integrity(self) -> None:
+        """At idle nothing is held for any request, by any part of this process.
+
+        Raises:
+            InternalError: something is; says what.
+        """
+        for stage in self.stages:
+            stage.check_integrity()
+            load = stage.load()
+            if not stage.is_idle() or load.num_leases or load.num_free_blocks != load.num_blocks:
+                raise InternalError(f"the {stage.role} stage is not idle: {load}")
+        if self._front is not None:
+            self._front.check_integrity()
+        if self.system is not None:
+            self.system.check_integrity()
 
     # --- start ------------------------------------------------------------------------------------------------------
 
@@ -140,11 +170,12 @@ class Node:
         await system.register("directory", fleet)
         await system.register("tokens", router)
         limits = config.admission
+        admission = Admission(max_requests=limits.max_requests, max_prompt_tokens=limits.max_prompt_tokens)
         gateway = Gateway(
             model_name=config.served_model_name or model_name(config.model),
             tokenizer=prompter.tokenizer,
             stages=Stages(system, fleet, router, clock),
-            admission=Admission(max_requests=limits.max_requests, max_prompt_tokens=limits.max_prompt_tokens),
+            admission=admission,
             max_model_len=longest,
             metrics=GatewayMetrics(),
         )
@@ -153,11 +184,12 @@ class Node:
         self._url = http.url
         if config.roles == ("gateway",):
             self._on_ready(http.url)
-        return _Front(http, fleet)
+        return _Front(http, fleet, router, admission)
 
     async def _start_stages(self, system: System, parts: StageParts, mark: int) -> Membership:
         config = self._config
         actors = parts.actors(system, monotonic)
+        self.stages = tuple(actors)
         for actor in actors:
             await system.register(actor.role, actor, on_crash=partial(self._crashed, actor.role))
         join = Join(
