@@ -1,11 +1,12 @@
-"""matmul_rows: a few rows times a large matrix, out = x @ weight.T, where reading the matrix is most of the work.
+"""matmul_rows: rows times a matrix as checkpoints store it, out = x @ weight.T.
 
-A decode step multiplies 1 to some tens of rows with every weight of the model. BLAS libraries arrange (pack) the matrix first, which
-pays for hundreds of rows; here a tile of some matrix rows goes straight through the vector registers against 4 rows of x, while the
-next tile is fetched into the cache.
+A decode step multiplies one to some tens of rows with every weight of the model, and reading the weights is most of the work.
+BLAS libraries rearrange the matrix first, which pays for hundreds of rows. Here a tile of some matrix rows goes straight through
+the vector registers against 4 rows of x, while the next tile is fetched into the cache. (The loop order of Goto and van de Geijn,
+ACM TOMS 2008, without their packing.)
 
-Each output is summed in the same order whatever the number of rows: lanes of k, then a tree over the lanes, then what is left of k. So a
-row's result is the same to the last bit, alone or in a batch.
+Each output is summed in the same order whatever the number of rows: lanes of k, then a tree over the lanes, then what is left of
+k. So a row's result is the same to the last bit, alone or in a batch.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils as _untyped
 from numba.core.typing.templates import Signature
 
 from gpu.kernels.checks import expect
 from gpu.kernels.compiler import emitted, kernel
 
 Float = npt.NDArray[np.float32]
+cgutils: Any = _untyped
 
 _NUM_LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 _FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _LANES = ir.VectorType(_FLOAT, _NUM_LANES)
+# Numbers of x that stay in the second-level cache while the matrix passes by.
 _PANEL_NUMBERS = 128 * 3072
 # Matrix rows in a tile, against 4 rows of x: as many sums as fit the 32 or 16 vector registers.
 _TILE = 6 if _NUM_LANES == 16 else 3
@@ -36,7 +39,8 @@ _TILE = 6 if _NUM_LANES == 16 else 3
 def matmul_rows(x: Float, weight: Float, out: Float, column: int = 0) -> None:
     """out[:, column : column + len(weight)] = x @ weight.T.
 
-    x: float32 [n, width]; weight: float32 [num_outputs, width]; out: float32 [n, >= column + num_outputs]; all contiguous. Raises ValueError for shapes and layouts.
+    x: float32 [n, width]; weight: float32 [num_outputs, width]; out: float32 [n, >= column + num_outputs]; all contiguous.
+    Raises ValueError for shapes and layouts.
     """
     expect(weight, (len(weight), x.shape[1]), "weight")
     expect(out, (len(x), out.shape[1]), "out")
@@ -153,7 +157,6 @@ def _matmul_rows(x: int, weight: int, out: int, num_rows: int, num_outputs: int,
             for i in range(num_rows):
                 _one(x + i * row_bytes, weight + j * row_bytes, out + 4 * (i * out_width + j), width, out_width)
         return
-    # So many rows of x stay in the second-level cache while the whole matrix passes by.
     panel = max(4, min(128, _PANEL_NUMBERS // width // 4 * 4))
     for start in range(0, num_rows, panel):
         end = min(start + panel, num_rows)
