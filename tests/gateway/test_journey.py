@@ -1,0 +1,218 @@
+"""Journeys through whole clusters: the tokens are those of the prompt, whatever the topology and whatever fails on the way."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from epd.errors import BadImage, DeadlineExceeded, InternalError
+from epd.gateway.journey import State
+from tests.support.stages import expected_tokens, with_images
+from tests.support.systems import until
+from tests.support.world import World, together, world
+
+ONE = {"gateway": "encode,prefill,decode"}
+THREE = {"e0": "encode", "p0": "prefill", "d0": "decode"}
+MANY = {"e0": "encode", "e1": "encode", "p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
+PROMPT = list(range(100, 123))
+PICTURES = [b"a red one", b"a blue one"]
+
+
+def _with_pictures(made: World, max_tokens: int = 6) -> tuple[object, list[int]]:
+    request = made.request(PROMPT, max_tokens, images=PICTURES, offsets=[2, 14])
+    seen = with_images(PROMPT, [image.item for image in request.images], PICTURES)
+    return request, expected_tokens(seen, max_tokens)
+
+
+@pytest.mark.parametrize("chunk", [4, 7, 64])
+@pytest.mark.parametrize(("layout", "allowed"), [(ONE, "auto"), (THREE, "mapped"), (THREE, "socket"), (MANY, "auto")])
+async def test_the_tokens_are_the_same_on_every_topology(layout: dict[str, str], allowed: str, chunk: int) -> None:
+    async with world(layout, allowed=allowed, chunk=chunk) as made:
+        text = made.request(PROMPT, 9, seed=3)
+        pictured, due = _with_pictures(made)
+        again, _ = _with_pictures(made)
+        results = await together(made.run(text), made.run(pictured), made.run(again))  # type: ignore[arg-type]
+        assert results == [expected_tokens(PROMPT, 9, seed=3), due, due]
+        assert await made.run(_with_pictures(made)[0]) == due  # type: ignore[arg-type]  # caches warm
+
+
+async def test_in_one_process_the_table_moves_and_no_byte_does() -> None:
+    async with world(ONE) as made:
+        await made.run(made.request(PROMPT, 5))
+        (link,) = made.decode["gateway"].actor.links()
+        assert (link.rung, link.num_bytes) == ("local", 0)
+        assert link.num_transfers > 0
+
+
+@pytest.mark.parametrize(("allowed", "rung"), [("auto", "mapped"), ("socket", "socket")])
+async def test_the_rung_is_the_best_that_is_allowed(allowed: str, rung: str) -> None:
+    async with world(THREE, allowed=allowed) as made:
+        await made.run(_with_pictures(made)[0])  # type: ignore[arg-type]
+        for stage in (made.prefill["p0"], made.decode["d0"]):
+            (link,) = stage.actor.links()
+            assert link.rung == rung
+            assert link.num_bytes > 0
+
+
+async def test_one_token_needs_no_decode_worker() -> None:
+    async with world(THREE) as made:
+        assert await made.run(made.request(PROMPT, 1)) == expected_tokens(PROMPT, 1)
+        assert made.decode["d0"].runner.num_steps == 0
+
+
+async def test_prefill_starts_before_the_embeddings_are_there() -> None:
+    async with world(THREE, chunk=4) as made:
+        gate = made.encode["e0"].runner.gate
+        gate.clear()
+        prompt = list(range(200, 240))
+        request = made.request(prompt, 4, images=PICTURES[:1], offsets=[20])
+        running = asyncio.create_task(made.run(request))
+        await until(lambda: made.prefill["p0"].runner.num_steps >= 5)  # 20 tokens before the image, 4 a step
+        assert not running.done()
+        gate.set()
+        seen = with_images(prompt, [request.images[0].item], PICTURES[:1])
+        assert await running == expected_tokens(seen, 4)
+
+
+# --- failures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("after", [0, 1, 4])
+async def test_a_lost_worker_costs_no_token(role: str, after: int) -> None:
+    """The worker dies after `after` tokens of the stream; another one goes on."""
+    async with world(MANY) as made:
+        request, due = _with_pictures(made, 12)
+        got: list[int] = []
+        async with aclosing(made.journey(request).tokens()) as outputs:  # type: ignore[arg-type]
+            if after == 0:
+                await made.lose(f"{role[0]}0")
+            async for output in outputs:
+                got.append(output.token.token_id)
+                if len(got) == after:
+                    busy = [name for name, stage in made.decode.items() if not stage.actor.is_idle()]
+                    await made.lose(busy[0] if role == "decode" and busy else f"{role[0]}0")
+        assert got == due
+
+
+async def test_a_lost_encode_worker_costs_no_image() -> None:
+    async with world(MANY) as made:
+        for stage in made.encode.values():
+            stage.runner.gate.clear()
+        request, due = _with_pictures(made)
+        running = asyncio.create_task(made.run(request))  # type: ignore[arg-type]
+        await until(lambda: sum(not stage.actor.is_idle() for stage in made.encode.values()) == 2)
+        for stage in made.encode.values():
+            stage.runner.gate.set()
+        await made.lose("e0")
+        assert await running == due
+
+
+async def test_an_evicted_embedding_is_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world({**THREE, "e1": "encode"}) as made:
+        fetcher = made.prefill["p0"].actor._fetcher
+        original = fetcher.fetch
+        lost: list[str] = []
+
+        async def fetch(ref, source, item):  # type: ignore[no-untyped-def]
+            if not lost:
+                lost.append(ref.mm_hash)
+                stage = made.encode[source.worker]
+                stage.cache.release(ref.lease_id)
+                stage.cache.drop_unleased()
+                stage.memory.blocks[:] = 255  # somebody else's rows by now
+            return await original(ref, source, item)
+
+        monkeypatch.setattr(fetcher, "fetch", fetch)
+        request, due = _with_pictures(made)
+        assert await made.run(request) == due  # type: ignore[arg-type]
+        assert len(lost) == 1
+
+
+@pytest.mark.parametrize("allowed", ["mapped", "socket"])
+async def test_corrupt_kv_is_refused_and_prefilled_again(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world(THREE, allowed=allowed) as made:
+        memory = made.prefill["p0"].memory
+        original = memory.checksum
+        corrupted: list[int] = []
+
+        def checksum(ids):  # type: ignore[no-untyped-def]
+            sums = original(ids)
+            if not corrupted:
+                corrupted.append(ids[0])
+                memory.blocks[ids[0]] ^= 1
+            return sums
+
+        monkeypatch.setattr(memory, "checksum", checksum)
+        made.prefill["p0"].blocks.drop_cached()
+        request = made.request(PROMPT, 6)
+        result = asyncio.create_task(made.run(request))
+        await until(lambda: bool(corrupted))
+        # What was spoilt must not be found in the prefix cache by the next attempt: it is the owner's own memory that is broken.
+        memory.blocks[corrupted[0]] ^= 1
+        assert await result == expected_tokens(PROMPT, 6)
+
+
+async def test_a_broken_image_ends_the_request_and_says_so() -> None:
+    async with world(THREE) as made:
+        request = made.request(PROMPT, 6, images=[b"broken", b"fine"], offsets=[2, 14])
+        with pytest.raises(BadImage):
+            await made.run(request)
+        await made.settle()
+
+
+async def test_a_failing_runner_ends_its_requests_and_not_the_stage() -> None:
+    async with world(THREE) as made:
+        for stage in (made.prefill["p0"], made.decode["d0"]):
+            stage.runner.error = ValueError("out of luck")
+            with pytest.raises(InternalError):
+                await made.run(made.request(PROMPT, 6))
+            stage.runner.error = None
+            assert await made.run(made.request(PROMPT, 6)) == expected_tokens(PROMPT, 6)
+
+
+async def test_a_full_decode_pool_preempts_and_alters_nothing() -> None:
+    prompts = [list(range(number * 100, number * 100 + 12)) for number in range(6)]
+    async with world(THREE, decode_blocks=16) as made:
+        results = await together(*(made.run(made.request(prompt, 40)) for prompt in prompts))
+        assert results == [expected_tokens(prompt, 40) for prompt in prompts]
+        assert made.decode["d0"].scheduler.num_preemptions > 0
+
+
+# --- endings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])
+@pytest.mark.parametrize("layout", [ONE, THREE])
+async def test_the_deadline_ends_a_request_in_every_stage(stage: str, layout: dict[str, str]) -> None:
+    async with world(layout) as made:
+        (blocked,) = getattr(made, stage).values()
+        blocked.runner.gate.clear()
+        request = made.request(PROMPT, 6, images=PICTURES, offsets=[2, 14], deadline_s=0.3)
+        journey = made.journey(request)
+        with pytest.raises(DeadlineExceeded):
+            async for _ in journey.tokens():
+                pass
+        assert journey.state is State.FAILED
+        blocked.runner.gate.set()
+        await made.settle()
+
+
+@pytest.mark.parametrize("layout", [ONE, THREE])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 5])
+async def test_whoever_leaves_leaves_nothing_behind(layout: dict[str, str], num_tokens: int) -> None:
+    async with world(layout) as made:
+        journey = made.journey(_with_pictures(made, 12)[0])  # type: ignore[arg-type]
+        outputs = journey.tokens()
+        if num_tokens == 0:
+            first = asyncio.ensure_future(anext(outputs))
+            await until(lambda: any(not actor.is_idle() for actor in made.actors))
+            first.cancel()
+            await asyncio.wait([first])
+        for _ in range(num_tokens):
+            await anext(outputs)
+        await outputs.aclose()
+        assert journey.state is State.ABORTED
+        await made.settle()
