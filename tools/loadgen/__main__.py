@@ -81,6 +81,7 @@ async def _load(args: argparse.Namespace, client: Client, spec: WorkloadSpec, ba
         duration_s=args.duration,
         clock=time.perf_counter,
         progress=show,
+        stagger_s=args.stagger,
     )
 
 

@@ -47,8 +47,10 @@ async def run_closed_loop(
     duration_s: float | None,
     clock: Clock,
     progress: Progress = lambda record: None,
+    stagger_s: float = 0.0,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> Run:
-    """`concurrency` users, each of whom asks again as soon as the answer before is there.
+    """`concurrency` users, each of whom asks again as soon as the answer before is there; user i comes after i * `stagger_s`.
 
     No request starts after `num_requests` of them or after `duration_s`; those that run then are waited for.
     """
@@ -57,7 +59,8 @@ async def run_closed_loop(
     async with _Drawer(draw, indexes, max(_DRAWN_AHEAD, concurrency)) as next_request, _LagProbe(run, clock):
         start_s = clock()
 
-        async def user() -> None:
+        async def user(number: int) -> None:
+            await sleep(number * stagger_s)
             while duration_s is None or clock() - start_s < duration_s:
                 request = await next_request()
                 if request is None:
@@ -68,7 +71,7 @@ async def run_closed_loop(
 
         async with asyncio.TaskGroup() as users:
             for number in range(concurrency):
-                users.create_task(user(), name=f"user-{number}")
+                users.create_task(user(number), name=f"user-{number}")
         run.wall_s = clock() - start_s
     return run
 

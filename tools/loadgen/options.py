@@ -57,6 +57,7 @@ def workload(args: argparse.Namespace) -> WorkloadSpec:
         prefix_words=args.prefix_words,
         max_tokens=args.max_tokens,
         ignore_eos=args.ignore_eos,
+        expect_length=args.expect_length,
         temperature=args.temperature,
         extra_body=args.extra_body,
         prompts=read_prompts(Path(args.prompts).read_text().splitlines()) if args.prompts else (),
@@ -90,6 +91,9 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
         "--concurrency", type=_count, metavar="N", help="closed loop: N users, one request at a time each (default: 1)"
     )
     kind.add_argument("--rate", type=_positive, metavar="R", help="open loop: R requests/s on average, with Poisson arrivals")
+    group.add_argument(
+        "--stagger", type=float, default=0.0, metavar="S", help="closed loop: user i comes i * S later (default: 0)"
+    )
     group.add_argument("--num-requests", type=_count, metavar="N", help="stop after N requests (default: 100 without --duration)")
     group.add_argument("--duration", type=_positive, metavar="S", help="start no request after S seconds")
     group.add_argument("--warmup", type=int, default=0, metavar="N", help="requests sent before and not measured (default: 0)")
@@ -135,6 +139,7 @@ def _add_answers(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ignore-eos", action="store_true", help="ask for answers of exactly that length; other lengths are failures"
     )
+    group.add_argument("--expect-length", action="store_true", help="do not ask, and count other lengths as failures")
     group.add_argument("--temperature", type=float, default=0.0, help="(default: 0)")
     group.add_argument("--extra-body", type=_json_object, default={}, metavar="JSON", help="more fields of every request")
 

@@ -54,6 +54,7 @@ class WorkloadSpec:
     prefix_words: int = 0  # at the start of every text request, always the same, so that a prefix cache can hit
     max_tokens: tuple[int, int] = (32, 32)
     ignore_eos: bool = False
+    expect_length: bool = False  # an answer of another length than max_tokens is a failure; implied by ignore_eos
     temperature: float = 0.0
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     prompts: tuple[Prompt, ...] = ()  # asked in turn instead of drawn ones
@@ -67,7 +68,7 @@ class LoadRequest:
     body: bytes
     num_images: int = 0
     expect_text: str | None = None
-    expect_tokens: int | None = None  # known where the end of sequence is ignored
+    expect_tokens: int | None = None  # any other length is a failure
 
 
 def draw_request(spec: WorkloadSpec, index: int) -> LoadRequest:
@@ -91,7 +92,7 @@ def draw_request(spec: WorkloadSpec, index: int) -> LoadRequest:
         body=json.dumps(body).encode(),
         num_images=len(prompt.images),
         expect_text=prompt.expect,
-        expect_tokens=max_tokens if spec.ignore_eos else None,
+        expect_tokens=max_tokens if spec.ignore_eos or spec.expect_length else None,
     )
 
 

@@ -74,6 +74,19 @@ async def test_a_closed_loop_starts_nothing_after_its_duration() -> None:
     assert run.wall_s >= 4.5
 
 
+async def test_users_of_a_closed_loop_come_one_after_another() -> None:
+    clock = VirtualClock()
+    waits: list[float] = []
+
+    async def sleep(delay_s: float) -> None:
+        waits.append(delay_s)
+
+    await run_closed_loop(
+        Asker(clock), draw, concurrency=3, num_requests=3, duration_s=None, clock=clock, stagger_s=0.5, sleep=sleep
+    )
+    assert waits == [0.0, 0.5, 1.0]
+
+
 async def test_an_open_loop_does_not_wait_for_answers() -> None:
     clock = VirtualClock()
     asker = Asker(clock)

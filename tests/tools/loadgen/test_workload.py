@@ -45,6 +45,13 @@ def test_what_a_text_request_says() -> None:
         assert (asked["model"], asked["ignore_eos"], asked["top_k"], asked["temperature"]) == ("m", True, 5, 0.0)
 
 
+def test_a_length_can_be_expected_without_asking_for_it() -> None:
+    request = draw_request(WorkloadSpec(model="m", max_tokens=(7, 7), expect_length=True), 0)
+    assert request.expect_tokens == 7
+    assert "ignore_eos" not in json.loads(request.body)
+    assert draw_request(WorkloadSpec(model="m"), 0).expect_tokens is None
+
+
 def test_the_mix_of_images() -> None:
     spec = WorkloadSpec(model="m", image_share=0.4, images_per_request=(2, 3), image_sizes=((40, 20), (16, 24)))
     counts = [draw_request(spec, i).num_images for i in range(300)]
