@@ -201,7 +201,7 @@ def copy_blocks(
         raise LayoutMismatch(f"blocks of layout {src.layout:#x} cannot go into a pool of layout {dst.layout:#x}")
     if len(src_ids) != len(dst_ids) or (checksums is not None and len(checksums) != len(src_ids)):
         raise ValueError("a copy needs as many destinations, and as many checksums, as sources")
-    sources, destinations = check_ids(src_ids, src.num_blocks), check_ids(dst_ids, dst.num_blocks)
+    sources, destinations = np.asarray(src_ids, dtype=np.int64), np.asarray(dst_ids, dtype=np.int64)
     if checksums is None:
         copy_plain(src.blocks, sources, dst.blocks, destinations)
         return
