@@ -2,7 +2,8 @@
 
 Images cannot be cut, so one huge image holds up everything that is behind it. Small ones may therefore pass larger ones, but not
 for ever: an image that has been passed by as many patches as it has itself is due, and what is due goes first, in order of
-arrival. So nobody waits for more than twice what waits in front of it, and the huge image costs a small one at most one step.
+arrival; others only fill up its steps. So a huge image waits for what came before it and about its own size more, and costs a
+small one a step now and then.
 
 Asks for one image are merged, also into a step that is under way: it is encoded once and all who asked get the answer.
 
