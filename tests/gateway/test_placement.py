@@ -1,0 +1,312 @@
+"""Which worker is chosen, and that outstanding work is counted exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from epd.errors import InternalError, Unavailable
+from epd.gateway.placement import Assignment, Placement, WorkerView
+from protocol.messages import MMItem, StageLoad, WorkerId
+
+BLOCK = 16
+
+
+def an_image(mm_hash: str, num_patches: int = 64) -> MMItem:
+    return MMItem(mm_hash, 0, num_patches // 4, 1, 1, num_patches)
+
+
+def view(
+    name: str,
+    *roles: str,
+    patches: int = 0,
+    tokens: int = 0,
+    running: int = 0,
+    free: int = 100,
+    is_alive: bool = True,
+    is_draining: bool = False,
+) -> WorkerView:
+    stages = (
+        StageLoad(
+            role,
+            num_running=running,
+            outstanding_patches=patches,
+            outstanding_tokens=tokens,
+            num_blocks=100,
+            num_free_blocks=free,
+        )
+        for role in roles
+    )
+    return WorkerView(WorkerId(name), tuple(stages), is_alive, is_draining)
+
+
+def a_placement(*views: WorkerView) -> Placement:
+    placement = Placement(block_size=BLOCK)
+    placement.update(views)
+    return placement
+
+
+# --- encode -------------------------------------------------------------------------------------------------------------
+
+
+def test_images_of_one_request_spread_over_equal_encoders() -> None:
+    placement = a_placement(view("e1", "encode"), view("e2", "encode"), view("e3", "encode"))
+    placed = Counter(placement.place_encode(an_image(f"i{number}")).worker for number in range(9))
+    assert placed == {"e1": 3, "e2": 3, "e3": 3}
+
+
+def test_an_image_goes_where_the_fewest_patches_are_outstanding() -> None:
+    placement = a_placement(view("e1", "encode", patches=100), view("e2", "encode"))
+    assert placement.place_encode(an_image("large", 400)).worker == "e2"
+    assert placement.place_encode(an_image("a", 200)).worker == "e1"
+    assert placement.place_encode(an_image("b", 200)).worker == "e1"
+    assert placement.place_encode(an_image("c", 200)).worker == "e2"
+
+
+def test_an_image_goes_back_to_where_it_is_cached_at_no_cost() -> None:
+    placement = a_placement(view("e1", "encode"), view("e2", "encode"))
+    first = placement.place_encode(an_image("a"))
+    other = placement.place_encode(an_image("b", 6400))
+    assert first.worker != other.worker
+    again = placement.place_encode(an_image("b", 6400))
+    assert (again.worker, again.amount, again.num_cached_tokens) == (other.worker, 0, 1600)
+    assert (first.amount, first.num_cached_tokens) == (64, 0)
+
+
+def test_what_failed_is_not_expected_to_be_cached() -> None:
+    placement = a_placement(view("e1", "encode"), view("e2", "encode"))
+    failed = placement.place_encode(an_image("a"))
+    placement.end(failed, failed=True)
+    assert placement.place_encode(an_image("a")).num_cached_tokens == 0
+
+
+def test_a_worker_that_failed_this_work_is_the_last_choice() -> None:
+    placement = a_placement(view("e1", "encode"), view("e2", "encode", patches=9999))
+    assert placement.place_encode(an_image("a"), avoid=[WorkerId("e1")]).worker == "e2"
+    assert placement.place_encode(an_image("b"), avoid=[WorkerId("e1"), WorkerId("e2")]).worker == "e1"
+
+
+# --- prefill ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_goes_where_the_fewest_tokens_are_outstanding() -> None:
+    placement = a_placement(view("p1", "prefill", tokens=500), view("p2", "prefill", tokens=400))
+    assert [placement.place_prefill((), 200).worker for _ in range(3)] == ["p2", "p1", "p2"]
+
+
+def test_a_cached_prefix_is_worth_as_many_outstanding_tokens() -> None:
+    placement = a_placement(view("p1", "prefill"), view("p2", "prefill"))
+    hashes = tuple(range(10))
+    first = placement.place_prefill(hashes, 165)
+    assert (first.amount, first.num_cached_tokens) == (165, 0)
+    placement.end(first)
+    again = placement.place_prefill((*hashes, 77), 180)
+    assert (again.worker, again.amount, again.num_cached_tokens) == (first.worker, 20, 160)
+    placement.end(again)
+    other = placement.place_prefill((), 159)
+    assert other.worker != first.worker  # turns are taken
+    placement.place_prefill((), 320)
+    assert placement.place_prefill(hashes, 170).worker == other.worker  # 320 tokens outweigh 160 cached and 159 waiting
+
+
+def test_the_last_token_is_never_cached() -> None:
+    placement = a_placement(view("p1", "prefill"))
+    placement.place_prefill((1, 2), 32)
+    assert placement.place_prefill((1, 2), 32).amount == 1
+
+
+# --- decode -------------------------------------------------------------------------------------------------------------
+
+
+def test_requests_spread_over_equal_decoders() -> None:
+    placement = a_placement(view("d1", "decode"), view("d2", "decode"))
+    assert Counter(placement.place_decode((), 100).worker for _ in range(8)) == {"d1": 4, "d2": 4}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "chosen"),
+    [
+        (view("d1", "decode", running=3), view("d2", "decode", running=2), "d2"),
+        (view("d1", "decode", running=2, free=20), view("d2", "decode", running=2, free=60), "d2"),
+        (view("d1", "decode", running=0, free=3), view("d2", "decode", running=9, free=60), "d2"),  # no room
+        (view("d1", "decode", running=0, free=3), view("d2", "decode", running=9, free=3), "d1"),
+        (WorkerView(WorkerId("d1"), (StageLoad("decode"),)), view("d2", "decode", running=1), "d1"),  # no report yet
+        (view("d2", "decode"), view("d1", "decode"), "d2"),  # near
+    ],
+)
+def test_decode_goes_where_a_step_is_shortest(one: WorkerView, other: WorkerView, chosen: str) -> None:
+    placement = a_placement(one, other)
+    assert placement.place_decode((), 100, near=WorkerId("d2")).worker == chosen
+
+
+def test_a_conversation_returns_to_the_decoder_that_has_it() -> None:
+    placement = a_placement(view("d1", "decode"), view("d2", "decode"))
+    hashes = tuple(range(20))
+    first = placement.place_decode(hashes, 325)
+    assert (first.amount, first.num_cached_tokens) == (21, 0)
+    placement.end(first)
+    again = placement.place_decode((*hashes, 77), 340)
+    assert (again.worker, again.amount, again.num_cached_tokens) == (first.worker, 2, 320)
+
+
+# --- the view -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_given_since_the_report_counts_beside_it() -> None:
+    placement = a_placement(view("e1", "encode", patches=100), view("e2", "encode", patches=220))
+    assert [placement.place_encode(an_image(f"i{number}")).worker for number in range(3)] == ["e1", "e1", "e2"]
+
+
+def test_a_report_that_shows_our_own_work_does_not_count_it_twice() -> None:
+    placement = a_placement(view("e1", "encode"), view("e2", "encode"))
+    assert placement.place_encode(an_image("a", 100)).worker == "e1"
+    placement.update([view("e1", "encode", patches=100), view("e2", "encode", patches=150)])
+    assert placement.place_encode(an_image("b", 10)).worker == "e1"
+
+
+def test_a_late_report_does_not_hide_our_own_work() -> None:
+    placement = a_placement(view("e1", "encode"), view("e2", "encode"))
+    assert placement.place_encode(an_image("a", 100)).worker == "e1"
+    placement.update([view("e1", "encode", patches=0), view("e2", "encode", patches=50)])
+    assert placement.place_encode(an_image("b", 10)).worker == "e2"
+
+
+def test_ended_work_does_not_count_and_ends_once() -> None:
+    placement = a_placement(view("p1", "prefill"), view("p2", "prefill"))
+    placed = placement.place_prefill((), 100)
+    assert placement.num_outstanding("prefill") == 1
+    placement.end(placed)
+    placement.end(placed)
+    assert placement.num_outstanding("prefill") == 0
+    placement.check_integrity()
+
+
+def test_draining_and_dead_workers_get_nothing() -> None:
+    placement = a_placement(
+        view("e1", "encode", is_draining=True),
+        view("e2", "encode", is_alive=False),
+        view("e3", "encode", "prefill"),
+        view("p", "prefill"),
+    )
+    assert placement.candidates("encode") == ("e3",)
+    assert placement.candidates("prefill") == ("e3", "p")
+    assert placement.candidates("decode") == ()
+    with pytest.raises(Unavailable, match="no decode worker"):
+        placement.place_decode((), 1)
+
+
+def test_a_worker_that_leaves_takes_its_caches_and_counts_with_it() -> None:
+    placement = a_placement(view("e1", "encode"))
+    old = placement.place_encode(an_image("a"))
+    placement.update([])
+    with pytest.raises(Unavailable):
+        placement.place_encode(an_image("a"))
+    placement.update([view("e1", "encode")])
+    again = placement.place_encode(an_image("a"))
+    assert again.num_cached_tokens == 0
+    placement.end(old)
+    assert placement.num_outstanding("encode") == 1
+    placement.check_integrity()
+
+
+def test_a_role_that_a_worker_gives_up_is_gone() -> None:
+    placement = a_placement(view("w", "encode", "prefill"))
+    placed = placement.place_prefill((), 10)
+    placement.update([view("w", "encode")])
+    assert placement.candidates("prefill") == ()
+    placement.end(placed)
+    placement.check_integrity()
+
+
+def test_damage_is_found() -> None:
+    placement = a_placement(view("w", "prefill"))
+    placement.place_prefill((), 10)
+    placement._members[WorkerId("w")].stages["prefill"].amount += 1
+    with pytest.raises(InternalError, match="w has 10 outstanding in prefill, 11 are counted"):
+        placement.check_integrity()
+
+
+class PlacementMachine(RuleBasedStateMachine):
+    """The twin keeps what is outstanding; without other gateways and reports, the choice is the least of that."""
+
+    @initialize(num_workers=st.integers(1, 4))
+    def start(self, num_workers: int) -> None:
+        self.workers = [WorkerId(f"w{number}") for number in range(num_workers)]
+        self.placement = Placement(block_size=BLOCK)
+        self.outstanding: list[Assignment] = []
+        self.num_images = 0
+        self.draining: set[WorkerId] = set()
+        self.refresh()
+
+    def amounts(self, role: str) -> Counter[WorkerId]:
+        found: Counter[WorkerId] = Counter()
+        for assignment in self.outstanding:
+            if assignment.role == role:
+                found[assignment.worker] += assignment.amount
+        return found
+
+    def usable(self) -> list[WorkerId]:
+        return [worker for worker in self.workers if worker not in self.draining]
+
+    @rule()
+    def refresh(self) -> None:
+        """Reports that show exactly our own work, or nothing of it yet."""
+        patches, tokens = self.amounts("encode"), self.amounts("prefill")
+        self.placement.update(
+            view(w, "encode", "prefill", patches=patches[w], tokens=tokens[w], is_draining=w in self.draining)
+            for w in self.workers
+        )
+
+    @rule(data=st.data())
+    def drain(self, data: st.DataObject) -> None:
+        self.draining ^= {data.draw(st.sampled_from(self.workers))}
+        self.refresh()
+
+    @rule(size=st.integers(1, 100), is_image=st.booleans(), avoid=st.sets(st.sampled_from(["w0", "w1", "w2"])))
+    def place(self, size: int, is_image: bool, avoid: set[str]) -> None:
+        self.num_images += 1
+        role = "encode" if is_image else "prefill"
+        item = an_image(f"i{self.num_images}", 4 * size)
+        avoided = [WorkerId(name) for name in avoid]
+        if not self.usable():
+            with pytest.raises(Unavailable):
+                self.placement.place_prefill((), size)
+            return
+        amounts = self.amounts(role)
+        if is_image:
+            placed = self.placement.place_encode(item, avoid=avoided)
+        else:
+            placed = self.placement.place_prefill((), size, avoid=avoided)
+        choice = [worker for worker in self.usable() if worker not in avoided] or self.usable()
+        assert placed.worker in choice
+        assert amounts[placed.worker] == min(amounts[worker] for worker in choice)
+        assert placed.amount == (4 * size if is_image else size)
+        self.outstanding.append(placed)
+
+    @precondition(lambda self: self.outstanding)
+    @rule(data=st.data(), failed=st.booleans())
+    def end(self, data: st.DataObject, failed: bool) -> None:
+        placed = self.outstanding.pop(data.draw(st.integers(0, len(self.outstanding) - 1)))
+        self.placement.end(placed, failed=failed)
+
+    @rule(data=st.data())
+    def die(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(self.workers))
+        self.placement.forget(worker)
+        self.outstanding = [placed for placed in self.outstanding if placed.worker != worker]
+        self.refresh()
+
+    @invariant()
+    def agree(self) -> None:
+        if hasattr(self, "placement"):
+            self.placement.check_integrity()
+            for role in ("encode", "prefill"):
+                assert self.placement.num_outstanding(role) == sum(placed.role == role for placed in self.outstanding)
+
+
+TestPlacementMachine = PlacementMachine.TestCase
+TestPlacementMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
