@@ -17,7 +17,7 @@ def resolve_model(path_or_hub_id: str, *, weights: bool = True) -> Path:
     Raises BadConfig when there is no such folder, or the hub has or gives no such model.
     """
     folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
+    if path_or_hub_id and folder.is_dir():
         return folder
     if not _HUB_ID.fullmatch(path_or_hub_id):
         raise BadConfig(f"model {path_or_hub_id!r} is neither a folder nor a hub id (owner/name)")

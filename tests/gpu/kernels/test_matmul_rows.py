@@ -66,5 +66,5 @@ def test_an_output_is_the_same_in_any_slice_of_the_matrix() -> None:
 def test_refuses_what_does_not_fit(
     x: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], out: npt.NDArray[np.float32]
 ) -> None:
-    with pytest.raises(ValueError, match="must be|is |do not fit"):
+    with pytest.raises(ValueError, match=r"must be|is |do not fit"):
         matmul_rows(x, weight, out)
