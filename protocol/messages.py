@@ -192,6 +192,7 @@ class Prefill(Message, frozen=True, tag=10):
     items: tuple[MMItem, ...]
     sampling: Sampling
     deadline_s: float
+    salt: str = ""  # only requests with the same salt share cached KV
 
 
 class EmbeddingReady(Message, frozen=True, tag=11):
@@ -286,6 +287,7 @@ class Decode(Message, frozen=True, tag=30):
     deadline_s: float
     prefill: Endpoint
     gateway: Address  # where TokenStep goes
+    salt: str = ""  # as in Prefill
 
 
 class TokenStep(Message, frozen=True, tag=31):

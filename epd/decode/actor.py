@@ -86,6 +86,7 @@ class DecodeActor(StageActor):
             items=message.items,
             sampling=message.sampling,
             deadline=now + message.deadline_s,
+            salt=message.salt,
             arrived_at=now,
         )
         entry = Entry(request, message, reply, position_shift=mrope_next(0, message.items, self._merge_size))

@@ -81,6 +81,7 @@ class Attempt:
         *,
         token_ids: tuple[int, ...],
         epoch: int,
+        salt: str,
         timeout_s: float,
     ) -> None:
         self.suspect: WorkerId | None = None  # who is to be avoided by the next attempt, once one has failed
@@ -89,6 +90,7 @@ class Attempt:
         self._request_id = request_id
         self._placed = placed
         self._epoch = epoch
+        self._salt = salt
         self._token_ids = np.asarray(token_ids, dtype="<i4").tobytes()
         self._num_output = len(token_ids) - len(request.token_ids)
         self._deadline = stages.clock() + timeout_s
@@ -142,6 +144,7 @@ class Attempt:
             items=tuple(image.item for image in self._request.images),
             sampling=self._request.sampling,
             deadline_s=self._time_left(),
+            salt=self._salt,
         )
         answer = await self._stages.system.ask(self._at("prefill"), message, timeout_s=message.deadline_s)
         if not isinstance(answer.message, Prefilled):
@@ -162,6 +165,7 @@ class Attempt:
             deadline_s=self._time_left(),
             prefill=self._placed.prefill,
             gateway=self._stages.router.address,
+            salt=self._salt,
         )
         answer = await self._stages.system.ask(self._at("decode"), message, timeout_s=message.deadline_s)
         match answer.message:

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from enum import Enum
 
-from epd.errors import DeadlineExceeded, EpdError, InternalError
+from epd.errors import CorruptTransfer, DeadlineExceeded, EpdError, InternalError
 from epd.gateway.attempt import Attempt, OutputToken, Stages
 from epd.log import Log
 from epd.request import GenerateRequest
@@ -58,6 +58,7 @@ class Journey:
         self._output: list[int] = []
         self._epoch = 0
         self._num_failed = 0
+        self._salt = request.cache_salt
         self._avoid: set[WorkerId] = set()
 
     async def tokens(self) -> AsyncGenerator[OutputToken, None]:
@@ -96,6 +97,7 @@ class Journey:
             placed,
             token_ids=token_ids,
             epoch=self._epoch,
+            salt=self._salt,
             timeout_s=self._time_left(),
         )
 
@@ -126,6 +128,9 @@ class Journey:
 
     async def _back_off_or_raise(self, error: EpdError, attempt: Attempt) -> None:
         self._num_failed += 1
+        if isinstance(error, CorruptTransfer):
+            # It may be the owner's own memory that is spoilt, and then its prefix cache is not to be trusted for this prompt.
+            self._salt = f"{self._request.cache_salt}#{self.request_id}#{self._epoch}"
         if not error.retryable or self._num_failed >= MAX_FAILED_ATTEMPTS:
             raise error
         _log.warning("trying again", request=self.request_id, reason=f"{error.code}: {error.message}", failed=self._num_failed)

@@ -79,6 +79,7 @@ class PrefillActor(StageActor):
         self._merge_size = merge_size
         self._lease_s = lease_s
         self._entries: dict[RequestId, Entry] = {}
+        self._handed_over: dict[RequestId, HandOver] = {}  # whose leases may still stand
         self._early = EarlyPulls(clock)
 
     # --- messages ---------------------------------------------------------------------------------------------------
@@ -108,6 +109,7 @@ class PrefillActor(StageActor):
             items=message.items,
             sampling=message.sampling,
             deadline=now + message.deadline_s,
+            salt=message.salt,
             arrived_at=now,
         )
         self._abort(message.request_id, message.epoch - 1, Cancelled("a newer attempt has begun"))
@@ -177,7 +179,10 @@ class PrefillActor(StageActor):
             # Every block is under a lease now; the leases keep what the decode worker has not copied yet.
             self._forget(entry)
             self._scheduler.release(entry.request.request_id)
+            self._handed_over[entry.request.request_id] = hand_over
             self.wake()
+        else:
+            hand_over.release()
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -250,6 +255,10 @@ class PrefillActor(StageActor):
 
     def _abort(self, request_id: RequestId, epoch: int, error: EpdError) -> None:
         self._early.drop(request_id, epoch)
+        given = self._handed_over.get(request_id)
+        if given is not None and given.epoch <= epoch:
+            del self._handed_over[request_id]
+            given.release()
         entry = self._entries.get(request_id)
         if entry is not None and entry.request.epoch <= epoch:
             self._scheduler.abort(request_id)
@@ -278,6 +287,8 @@ class PrefillActor(StageActor):
                 self._abort(entry.request.request_id, entry.request.epoch, StaleHandle("nobody fetched the KV in time"))
         self._early.expire(now)
         self._blocks.expire(now)
+        for request_id in [request_id for request_id, given in self._handed_over.items() if given.is_over]:
+            del self._handed_over[request_id]
 
     def _entry(self, request_id: RequestId, epoch: int) -> Entry:
         entry = self._entries.get(request_id)

@@ -39,6 +39,7 @@ class HandOver:
         clock: Clock,
         is_local: bool,
     ) -> None:
+        self.epoch = request.epoch
         self._request = request
         self._reply = reply
         self._sender = sender
@@ -49,13 +50,13 @@ class HandOver:
         self._clock = clock
         self._is_local = is_local
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
-        self._unsent: set[int] = set()  # leases of runs that the puller has not been told of
+        self._leases: list[int] = []
 
     def add(self, finished: FinishedBlocks) -> None:
         """These blocks are complete and will not change any more."""
         # Leased now and not when sent: the request may be aborted in between, and its blocks become somebody else's.
         lease_id = self._blocks.lease(finished.block_ids, self._clock() + self._lease_s)
-        self._unsent.add(lease_id)
+        self._leases.append(lease_id)
         self._events.put_nowait((finished, lease_id))
 
     def end(self, token: Token) -> None:
@@ -65,8 +66,18 @@ class HandOver:
     def fail(self, error: EpdError) -> None:
         self._events.put_nowait(error)
 
+    def release(self) -> None:
+        """End all leases: the puller has gone, or the request has. Those that have ended are no error."""
+        for lease_id in self._leases:
+            self._blocks.release(lease_id)
+
+    @property
+    def is_over(self) -> bool:
+        """Every lease has ended: the puller has its copy."""
+        return not any(self._blocks.owns(lease_id, ()) for lease_id in self._leases)
+
     async def run(self) -> bool:
-        """Send until the end. False: it was not reached, because the request failed or the puller left."""
+        """Send until the end; from then on the puller releases each run. False: the request failed or the puller left."""
         try:
             while True:
                 event = await self._events.get()
@@ -81,9 +92,6 @@ class HandOver:
                 await self._send(*event)
         except EpdError:
             return False  # the puller left: its gateway decides what becomes of the request
-        finally:
-            for lease_id in self._unsent:
-                self._blocks.release(lease_id)
 
     async def _send(self, finished: FinishedBlocks, lease_id: int) -> None:
         """One run of blocks. In one process nothing is copied, so there is nothing to check."""
@@ -103,7 +111,6 @@ class HandOver:
             checksums=tuple(checksums),
         )
         await self._reply.item(KVChunk(ref))
-        self._unsent.discard(lease_id)  # from here on the puller releases it, or it expires
 
 
 class EarlyPulls:
