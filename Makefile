@@ -41,8 +41,8 @@ lint: $(TEST_READY)  ## ruff, strict mypy and the layer contracts
 bench: $(TEST_READY)  ## measure every speed claim; prints a table and keeps it under bench/results/
 	@$(BIN)/python -m tools.bench $(BENCH_ARGS)
 
-eval: $(RUN_READY)  ## exact-match accuracy of the bundled model through the served API
-	@$(BIN)/python -m tools.eval $(EVAL_ARGS)
+eval: $(TEST_READY)  ## exact-match accuracy of the bundled model through the served API
+	@$(BIN)/python -m tools.with_server $(if $(MODEL),--model "$(MODEL)") -- $(BIN)/python -m tools.evaluate --url '{url}' $(EVAL_ARGS)
 
 clean:  ## remove the virtual environment and all caches
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

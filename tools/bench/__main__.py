@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import multiprocessing
 import sys
 import time
-import traceback
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tools.bench.apart import run_apart
 from tools.bench.machine import describe_machine, machine_slug
 from tools.bench.rows import Row, meets_bar, render
 
@@ -43,36 +40,6 @@ def main(argv: Sequence[str] | None = None, *, package: str = "tools.bench") -> 
     num_short = sum(meets_bar(row) is False for row in rows)
     print(f"\n{len(rows)} figures, {num_short} short of their bar, {len(broken)} benchmarks broken; kept in {path}")
     return 1 if broken else 0
-
-
-def run_apart(module: str) -> tuple[list[Row], str]:
-    """Rows of `module.run()` from a fresh process, so that no benchmark inherits another's threads, caches or memory.
-
-    The second value says what went wrong, "" if nothing did.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run_here, args=(module, sender), name=module)
-    process.start()
-    sender.close()
-    try:
-        rows, error = receiver.recv()
-    except EOFError:
-        process.join()
-        rows, error = [], f"{module} died with status {process.exitcode}"
-    finally:
-        if sys.exc_info()[0] is KeyboardInterrupt:
-            process.terminate()
-        process.join()
-    return rows, error
-
-
-def _run_here(module: str, answer: Connection) -> None:
-    try:
-        rows: list[Row] = importlib.import_module(module).run()
-        answer.send((rows, ""))
-    except Exception:  # goes into the report; the other benchmarks run
-        answer.send(([], traceback.format_exc()))
 
 
 def _result(machine: dict[str, Any], rows: list[Row], broken: dict[str, str]) -> dict[str, Any]:

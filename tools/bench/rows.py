@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+import re
+from collections.abc import Callable, Sequence
 from typing import NotRequired, TypedDict
+
+_HOLDS: dict[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 
 
 class Row(TypedDict):
@@ -33,16 +37,13 @@ def meets_bar(row: Row) -> bool | None:
     Raises:
         ValueError: the bar is not written as `Row` says.
     """
-    bar = row["bar"].replace(" ", "")
-    if not bar:
+    if not row["bar"]:
         return None
+    match = re.fullmatch(r"\s*(<=|>=|<|>)\s*(\d+(?:\.\d+)?)\s*", row["bar"])
+    if not match:
+        raise ValueError(f"{row['name']}: {row['bar']!r} is no bar like '>=1.5'")
     figure = row["value"] if row["ratio"] is None else row["ratio"]
-    for sign, holds in ((">=", figure >= _number(bar, 2)), ("<=", figure <= _number(bar, 2))):
-        if bar.startswith(sign):
-            return holds
-    if bar.startswith(("<", ">")):
-        return figure < _number(bar, 1) if bar[0] == "<" else figure > _number(bar, 1)
-    raise ValueError(f"{row['name']}: {row['bar']!r} is no bar like '>=1.5'")
+    return _HOLDS[match[1]](figure, float(match[2]))
 
 
 def render(rows: Sequence[Row]) -> str:
@@ -70,10 +71,3 @@ def _short(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _number(bar: str, start: int) -> float:
-    try:
-        return float(bar[start:])
-    except ValueError:
-        return float("nan")

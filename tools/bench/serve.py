@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from tools.bench.checkpoint import qwen3_checkpoint
 from tools.bench.rows import Row, make_row
-from tools.bench.servers import epd_command, free_port, running_server, thread_environment, transformers_command
 from tools.loadgen.client import Client, open_session
 from tools.loadgen.load import run_closed_loop
 from tools.loadgen.stats import Summary, summarise
 from tools.loadgen.workload import WorkloadSpec, draw_request
+from tools.servers import epd_command, free_port, running_server, thread_environment, transformers_command
 
 _NUM_USERS = 8
 _NUM_REQUESTS = 24

@@ -71,7 +71,7 @@ async def running_server(
             except (TimeoutError, ServerFailed) as error:
                 log.seek(0)
                 tail = log.read()[-3000:].decode(errors="replace")
-                raise ServerFailed(f"{command[0]}: {error or 'not ready in time'}\n{tail}") from None
+                raise ServerFailed(f"{command[0]}: {str(error) or 'not ready in time'}\n{tail}") from None
             yield process.pid
         finally:
             await _stop(process)
