@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from epd.gateway.tokenizer import Tokenizer
 from epd.request import GenerateRequest, TextLogprob
@@ -21,8 +22,7 @@ from protocol.messages import Token
 _Utf8 = codecs.getincrementaldecoder("utf-8")
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """What can be shown of an output since the piece before. With a `finish_reason` it is the last one."""
 
     text: str

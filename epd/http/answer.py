@@ -6,6 +6,7 @@ The engine's generators are closed as soon as the answer ends, fails or the clie
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from epd.errors import EpdError, InternalError
 from epd.gateway.engine import Engine
 from epd.http.chunks import Choice, Format, Usage
 from epd.http.errors import error_body
-from epd.http.sse import DONE, EventStream
+from epd.http.sse import COMMENT, DONE, EventStream
 from epd.log import Log
 from epd.request import Delta, GenerateRequest
 
@@ -48,17 +49,17 @@ class Answer:
         choices = [Choice() for _ in range(self.num_choices)]
         usage = self._usage()
         async with aclosing(self._outputs(engine)) as outputs:
-            async for prompt, delta in outputs:
-                choices[self._index(prompt, delta)].add(delta)
-                usage.add(delta, first_of_prompt=delta.index == 0)
+            async for delta in outputs:
+                choices[delta.index].add(delta)
+                usage.add(delta)
         if not all(choice.finish_reason for choice in choices):
-            raise InternalError("the engine ended before all choices were finished")
+            raise _ended_early()
         return self.form.whole(choices, usage)
 
     async def stream(self, engine: Engine, request: web.Request, *, patience_s: float, keep_alive_s: float) -> web.StreamResponse:
         """Send the answer as events. An error before the first text is raised; a later one becomes the last event."""
         async with aclosing(self._outputs(engine)) as outputs:
-            first = asyncio.create_task(_next(outputs), name="first delta")
+            first = asyncio.create_task(_first(outputs), name="first delta")
             try:
                 await asyncio.wait((first,), timeout=patience_s)
                 if first.done():
@@ -69,62 +70,56 @@ class Answer:
             finally:
                 await _settle(first)
 
-    async def _send_all(
-        self, events: EventStream, first: asyncio.Task[tuple[int, Delta]], outputs: AsyncGenerator[tuple[int, Delta], None]
-    ) -> None:
+    async def _send_all(self, events: EventStream, first: asyncio.Task[Delta], outputs: AsyncGenerator[Delta, None]) -> None:
         usage, form = self._usage(), self.form
-        num_finished = 0
+        num_left = self.num_choices
         try:
-            if opening := form.opening(self.num_choices):
-                await events.send(opening)
-            prompt, delta = await first
+            events.add(form.opening(num_left) or COMMENT)
+            if not first.done():
+                await events.flush()
+            delta = await first
             while True:
-                usage.add(delta, first_of_prompt=delta.index == 0)
-                await events.send(form.delta(delta, self._index(prompt, delta)))
+                usage.add(delta)
+                events.add(form.delta(delta))
+                if events.is_full:
+                    await events.flush()
                 if delta.finish_reason:
-                    num_finished += 1
-                    if num_finished == self.num_choices:
+                    num_left -= 1
+                    if not num_left:
                         break
-                prompt, delta = await _next(outputs)
+                delta = await events.next_of(outputs)
         except EpdError as error:
-            await events.send(b"event: error\ndata: " + error_body(error) + b"\n\n")
-            return
+            events.add(_error_event(error))
+        except StopAsyncIteration:
+            events.add(_error_event(_ended_early()))
         except ConnectionError:
             raise  # the client has gone: there is nobody to tell
         except Exception as error:
             _log.error("stream failed", error=error)
-            await events.send(b"event: error\ndata: " + error_body(InternalError("internal error")) + b"\n\n")
-            return
-        await events.send((form.usage(usage) if self.include_usage else b"") + DONE)
+            events.add(_error_event(InternalError("internal error")))
+        else:
+            events.add((form.usage(usage) if self.include_usage else b"") + DONE)
 
     def _usage(self) -> Usage:
-        return Usage(num_prompt_tokens=sum(len(request.token_ids) for request in self.requests))
+        num_prompt_tokens = sum(len(request.token_ids) for request in self.requests)
+        return Usage(num_prompt_tokens=num_prompt_tokens, num_choices=self.requests[0].n)
 
-    def _index(self, prompt: int, delta: Delta) -> int:
-        return prompt * self.requests[0].n + delta.index
-
-    def _outputs(self, engine: Engine) -> AsyncGenerator[tuple[int, Delta], None]:
-        """(number of the prompt, delta) of all prompts as they come."""
+    def _outputs(self, engine: Engine) -> AsyncGenerator[Delta, None]:
+        """The deltas of all prompts as they come, their index counted over all of them."""
         if len(self.requests) == 1:
-            return _numbered(engine.generate(self.requests[0]))
-        return _merged([engine.generate(request) for request in self.requests])
+            return engine.generate(self.requests[0])
+        return _merged([engine.generate(request) for request in self.requests], self.requests[0].n)
 
 
-async def _numbered(deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[tuple[int, Delta], None]:
-    async with aclosing(deltas):
-        async for delta in deltas:
-            yield 0, delta
-
-
-async def _merged(sources: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:
+async def _merged(sources: Sequence[AsyncGenerator[Delta, None]], num_choices: int) -> AsyncGenerator[Delta, None]:
     """Several generators as one. The first error ends all of them."""
-    queue: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue(_MERGE_ROOM)
+    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue(_MERGE_ROOM)
 
     async def pump(prompt: int, source: AsyncGenerator[Delta, None]) -> None:
         try:
             async with aclosing(source):
                 async for delta in source:
-                    await queue.put((prompt, delta))
+                    await queue.put(dataclasses.replace(delta, index=prompt * num_choices + delta.index))
         except Exception as error:
             await queue.put(error)
         else:
@@ -147,14 +142,22 @@ async def _merged(sources: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenera
         await asyncio.wait(tasks)
 
 
-async def _next(outputs: AsyncGenerator[tuple[int, Delta], None]) -> tuple[int, Delta]:
+async def _first(outputs: AsyncGenerator[Delta, None]) -> Delta:
     try:
         return await anext(outputs)
     except StopAsyncIteration:
-        raise InternalError("the engine ended before all choices were finished") from None
+        raise _ended_early() from None
 
 
-async def _settle(task: asyncio.Task[tuple[int, Delta]]) -> None:
+def _ended_early() -> InternalError:
+    return InternalError("the engine ended before all choices were finished")
+
+
+def _error_event(error: EpdError) -> bytes:
+    return b"event: error\ndata: " + error_body(error) + b"\n\n"
+
+
+async def _settle(task: asyncio.Task[Delta]) -> None:
     """Leave no task behind, nor an error that nobody looked at."""
     if not task.done():
         task.cancel()

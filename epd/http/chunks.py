@@ -34,13 +34,14 @@ class Usage:
     """Token counts of one answer, summed up as deltas come in."""
 
     num_prompt_tokens: int
+    num_choices: int = 1  # per prompt
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
 
-    def add(self, delta: Delta, *, first_of_prompt: bool) -> None:
+    def add(self, delta: Delta) -> None:
         self.num_output_tokens += delta.num_tokens
-        if first_of_prompt:
-            self.num_cached_tokens += delta.num_cached_tokens
+        if delta.num_cached_tokens and delta.index % self.num_choices == 0:
+            self.num_cached_tokens += delta.num_cached_tokens  # all choices of a prompt share its cached tokens: count them once
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -52,12 +53,12 @@ class Usage:
 
 
 class Format(Protocol):
-    """One endpoint's way of saying things, for one answer. `index` counts choices over all prompts."""
+    """One endpoint's way of saying things, for one answer. The `index` of a delta counts choices over all prompts."""
 
     def opening(self, num_choices: int) -> bytes:
         """Events that come before any text."""
 
-    def delta(self, delta: Delta, index: int) -> bytes: ...
+    def delta(self, delta: Delta) -> bytes: ...
 
     def usage(self, usage: Usage) -> bytes:
         """The event that closes a stream with its counts."""
@@ -97,7 +98,8 @@ class ChatFormat:
         role = b',"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
         return b"".join(b"%s%d%s%s" % (self._frame.start, index, role, self._frame.end) for index in range(num_choices))
 
-    def delta(self, delta: Delta, index: int) -> bytes:
+    def delta(self, delta: Delta) -> bytes:
+        index = delta.index
         before = self._before.get(index)
         if before is None:
             before = self._before[index] = b'%s%d,"delta":{"content":' % (self._frame.start, index)
@@ -140,7 +142,8 @@ class CompletionFormat:
     def opening(self, num_choices: int) -> bytes:
         return b""
 
-    def delta(self, delta: Delta, index: int) -> bytes:
+    def delta(self, delta: Delta) -> bytes:
+        index = delta.index
         before = self._before.get(index)
         if before is None:
             before = self._before[index] = b'%s%d,"text":' % (self._frame.start, index)

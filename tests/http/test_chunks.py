@@ -41,7 +41,7 @@ deltas = st.builds(
 def test_every_event_is_json_that_says_what_the_delta_says(several: list[Delta], include_usage: bool) -> None:
     for form in forms(include_usage):
         for delta in several:
-            (event,) = events(form.delta(delta, delta.index))
+            (event,) = events(form.delta(delta))
             assert (event["id"], event["created"], event["model"], event["system_fingerprint"]) == ('id"\\', 17, 'mo"del', "fp")
             assert ("usage" in event) is include_usage
             (choice,) = event["choices"]
@@ -54,7 +54,7 @@ def test_every_event_is_json_that_says_what_the_delta_says(several: list[Delta],
 
 def test_lines_of_text_do_not_become_lines_of_the_stream() -> None:
     for form in forms(False):
-        data = form.delta(Delta(0, "a\n\ndata: b\r\n\u2028", 1), 0)
+        data = form.delta(Delta(0, "a\n\ndata: b\r\n\u2028", 1))
         assert data.count(b"\n") == 2
         assert b"\r" not in data
 
@@ -66,9 +66,9 @@ def test_the_opening_of_a_chat_has_a_role_for_each_choice() -> None:
 
 
 def test_usage_is_an_event_without_choices() -> None:
-    usage = Usage(10)
-    usage.add(Delta(0, "", 3, num_cached_tokens=8), first_of_prompt=True)
-    usage.add(Delta(1, "", 2, num_cached_tokens=10), first_of_prompt=False)
+    usage = Usage(10, num_choices=2)
+    usage.add(Delta(0, "", 3, num_cached_tokens=8))
+    usage.add(Delta(1, "", 2, num_cached_tokens=10))
     for form in forms(True):
         (event,) = events(form.usage(usage))
         assert event["choices"] == []
