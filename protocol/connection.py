@@ -27,6 +27,11 @@ _MAX_HANDSHAKE_BEATS: Final = 10
 DEFAULT_CHUNK_BYTES: Final = 512 << 10
 
 
+# Plain numbers: looking a member up on an enum for every frame would cost more than sending it.
+_PING, _PONG, _TELL, _ASK, _ANSWER = (int(kind) for kind in (Kind.PING, Kind.PONG, Kind.TELL, Kind.ASK, Kind.ANSWER))
+_STREAM, _ITEM, _END, _CANCEL, _CREDIT = (int(kind) for kind in (Kind.STREAM, Kind.ITEM, Kind.END, Kind.CANCEL, Kind.CREDIT))
+
+
 class State(Enum):
     AWAIT_HELLO = "await hello"
     AWAIT_PROOF = "await proof"
@@ -59,7 +64,6 @@ class Connection:
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     ) -> None:
         self.side = side
-        self.state = State.AWAIT_HELLO
         self.peer: Identity | None = None
         self._identity = identity
         self._token = token
@@ -69,6 +73,7 @@ class Connection:
         self._writer = FrameWriter(limits, chunk_bytes=chunk_bytes)
         self.get_buffer: Final = self._reader.get_buffer
         self.data_to_send: Final = self._writer.data_to_send
+        self._send: Final = self._writer.send
         self._own_hello = hello_body(side, identity, nonce)
         self._peer_hello = b""
         self._next_id = 1 if side is Side.DIALER else 2  # odd: the dialer's, even: the listener's
@@ -81,23 +86,9 @@ class Connection:
         self._beats = 0
         self._missed = 0
         self._heard = False
-        self._handlers: dict[int, Callable[[Frame], Event | None]] = {
-            Kind.HELLO: self._on_hello,
-            Kind.PROOF: self._on_proof,
-            Kind.GOODBYE: self._on_goodbye,
-            Kind.PING: self._on_ping,
-            Kind.PONG: self._on_pong,
-            Kind.TELL: self._on_tell,
-            Kind.ASK: self._on_ask,
-            Kind.ANSWER: self._on_answer,
-            Kind.STREAM: self._on_stream,
-            Kind.ITEM: self._on_item,
-            Kind.END: self._on_end,
-            Kind.CANCEL: self._on_cancel,
-            Kind.CREDIT: self._on_credit,
-        }
+        self._enter(State.AWAIT_HELLO)
         if side is Side.DIALER:
-            self._writer.send(Kind.HELLO, hello_id(), self._own_hello)
+            self._send(Kind.HELLO, hello_id(), self._own_hello)
 
     # --- bytes in ---------------------------------------------------------------------------------------------------
 
@@ -109,9 +100,10 @@ class Connection:
         found: list[Event] = []
         try:
             for frame in self._reader.buffer_updated(num_bytes):
-                if frame.kind not in _ALLOWED[self.state]:
+                handler = self._handlers.get(frame.kind)
+                if handler is None:
                     raise ProtocolError("bad_frame", f"{Kind(frame.kind).name} in state {self.state.value!r}")
-                event = self._handlers[frame.kind](frame)
+                event = handler(frame)
                 if event is not None:
                     found.append(event)
                     if type(event) is events.Closed:
@@ -134,8 +126,8 @@ class Connection:
             return [self.close("silent", f"nothing was heard for {self._missed} heartbeats")]
         if self._writer.small_bytes > self._limits.max_backlog_bytes:
             return [self.close("too_slow", f"{self._writer.small_bytes} bytes wait for the other end to read")]
-        if self.state is State.OPEN:
-            self._writer.send(Kind.PING, self._beats, b"")
+        if self.is_open:
+            self._send(_PING, self._beats, b"")
         elif self._beats >= _MAX_HANDSHAKE_BEATS:
             return [self.close("silent", "the handshake was not finished in time")]
         return []
@@ -146,15 +138,15 @@ class Connection:
         """Let the peer in, which proves this end to it."""
         if self.state is not State.AWAIT_VERDICT or self.peer is None:
             raise RuntimeError(f"accept() in state {self.state.value!r}")
-        self._writer.send(Kind.PROOF, 0, proof(self._token, self.side, *self._hellos()))
+        self._send(Kind.PROOF, 0, proof(self._token, self.side, *self._hellos()))
         return self._open(self.peer)
 
     def close(self, code: str, reason: str) -> events.Closed:
         """Say goodbye. Nothing is sent or looked at afterwards; what was unfinished is the caller's to fail."""
         if self.state is not State.CLOSED:
-            self.state = State.CLOSED
+            self._enter(State.CLOSED)
             self._forget()
-            self._writer.send(Kind.GOODBYE, 0, encode(Goodbye(code, reason[:1000])))
+            self._send(Kind.GOODBYE, 0, encode(Goodbye(code, reason[:1000])))
         return events.Closed(code=code, reason=reason, by_peer=False)
 
     # --- this end asks ----------------------------------------------------------------------------------------------
@@ -165,28 +157,35 @@ class Connection:
 
     def send_tell(self, actor: str, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         room = self._tell_room.get(actor, self._limits.tell_window)
-        if room <= 0 or self.state is not State.OPEN:
+        if not self.is_open:
+            raise self._not_open()
+        if room <= 0:
             raise RuntimeError(f"no room for a tell to {actor!r}")
-        self._writer.send(Kind.TELL, self._take_id(), encode_envelope(actor, message), buffers)
+        self._send(_TELL, self._next_id, encode_envelope(actor, message), buffers)
+        self._next_id += 2
         self._tell_room[actor] = room - 1
 
     def send_ask(
         self, actor: str, message: Message, buffers: Sequence[Buffer] = (), *, into: Sequence[memoryview] | None = None
     ) -> int:
         """The id under which it will be Answered. `into`: flat writable byte views for the answer's buffers."""
-        self._check_open()
-        ask_id = self._take_id()
-        self._writer.send(Kind.ASK, ask_id, encode_envelope(actor, message), buffers)
+        if not self.is_open:
+            raise self._not_open()
+        ask_id = self._next_id
+        self._send(_ASK, ask_id, encode_envelope(actor, message), buffers)
+        self._next_id = ask_id + 2
         self._asks[ask_id] = into
         return ask_id
 
     def send_stream(self, actor: str, message: Message, buffers: Sequence[Buffer] = (), *, window: int) -> int:
         """The id under which items arrive. At most `window` of them are on their way or untaken."""
-        self._check_open()
+        if not self.is_open:
+            raise self._not_open()
         if not 0 < window <= self._limits.max_stream_window:
             raise ValueError(f"a stream's window is between 1 and {self._limits.max_stream_window}")
-        stream_id = self._take_id()
-        self._writer.send(Kind.STREAM, stream_id, encode_envelope(actor, message, window), buffers)
+        stream_id = self._next_id
+        self._send(_STREAM, stream_id, encode_envelope(actor, message, window), buffers)
+        self._next_id = stream_id + 2
         self._streams[stream_id] = _Intake(window)
         return stream_id
 
@@ -196,27 +195,27 @@ class Connection:
             return
         self._reader.discard(ask_id)
         self._writer.abandon(ask_id)
-        if self.state is State.OPEN:
-            self._writer.send(Kind.CANCEL, ask_id, b"")
+        if self.is_open:
+            self._send(_CANCEL, ask_id, b"")
 
     def take_item(self, stream_id: int) -> None:
         """An item of this end's stream has been taken: there is room for another."""
         intake = self._streams.get(stream_id)
         if intake is not None and (count := intake.take()):
-            self._writer.send(Kind.CREDIT, stream_id, encode(Credit("", count)))
+            self._send(_CREDIT, stream_id, encode(Credit("", count)))
 
     # --- this end answers -------------------------------------------------------------------------------------------
 
     def take_tell(self, actor: str) -> None:
         """A tell has left this actor's mailbox: there is room for another."""
         intake = self._tell_intake.get(actor)
-        if intake is not None and (count := intake.take()) and self.state is State.OPEN:
-            self._writer.send(Kind.CREDIT, 0, encode(Credit(actor, count)))
+        if intake is not None and (count := intake.take()) and self.is_open:
+            self._send(_CREDIT, 0, encode(Credit(actor, count)))
 
     def send_answer(self, ask_id: int, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """Nothing is sent if the asker has left meanwhile."""
         if ask_id in self._peer_asks:
-            self._writer.send(Kind.ANSWER, ask_id, encode(message), buffers)
+            self._send(_ANSWER, ask_id, encode(message), buffers)
             self._peer_asks.remove(ask_id)
 
     def item_room(self, stream_id: int) -> int:
@@ -227,24 +226,20 @@ class Connection:
         room = self._peer_streams[stream_id]
         if room <= 0:
             raise RuntimeError("no room for an item")
-        self._writer.send(Kind.ITEM, stream_id, encode(message), buffers)
+        self._send(_ITEM, stream_id, encode(message), buffers)
         self._peer_streams[stream_id] = room - 1
 
     def send_end(self, stream_id: int, failed: Failed | None = None) -> None:
         """Nothing is sent if whoever asked has left meanwhile."""
         if self._peer_streams.pop(stream_id, None) is not None:
-            self._writer.send(Kind.END, stream_id, b"" if failed is None else encode(failed))
+            self._send(_END, stream_id, b"" if failed is None else encode(failed))
 
     # --- what is there ----------------------------------------------------------------------------------------------
 
     @property
     def has_data(self) -> bool:
+        """Whether data_to_send() would return anything."""
         return self._writer.has_data
-
-    @property
-    def next_bytes(self) -> int:
-        """Bytes of what data_to_send() would return now."""
-        return self._writer.next_bytes
 
     @property
     def backlog_bytes(self) -> int:
@@ -263,10 +258,10 @@ class Connection:
         self._peer_hello = bytes(frame.body)
         self.peer = read_hello(frame.id, frame.body, own=self.side, identity=self._identity, expected=self._expected)
         if self.side is Side.LISTENER:
-            self._writer.send(Kind.HELLO, hello_id(), self._own_hello)
+            self._send(Kind.HELLO, hello_id(), self._own_hello)
         else:
-            self._writer.send(Kind.PROOF, 0, proof(self._token, self.side, *self._hellos()))
-        self.state = State.AWAIT_PROOF
+            self._send(Kind.PROOF, 0, proof(self._token, self.side, *self._hellos()))
+        self._enter(State.AWAIT_PROOF)
         return None
 
     def _on_proof(self, frame: Frame) -> Event:
@@ -274,17 +269,17 @@ class Connection:
         assert self.peer is not None
         if self.side is Side.DIALER:
             return self._open(self.peer)
-        self.state = State.AWAIT_VERDICT
+        self._enter(State.AWAIT_VERDICT)
         return events.PeerProved(self.peer)
 
     def _on_goodbye(self, frame: Frame) -> Event:
         goodbye = codec.decode_goodbye(frame.body)
-        self.state = State.CLOSED
+        self._enter(State.CLOSED)
         self._forget()
         return events.Closed(code=goodbye.code, reason=goodbye.reason, by_peer=True)
 
     def _on_ping(self, frame: Frame) -> None:
-        self._writer.send(Kind.PONG, frame.id, b"")
+        self._send(_PONG, frame.id, b"")
 
     def _on_pong(self, frame: Frame) -> Event | None:
         return events.PongArrived() if frame.id == self._beats else None
@@ -297,7 +292,7 @@ class Connection:
             if len(self._tell_intake) >= self._limits.max_actors:
                 raise ProtocolError("too_large", f"tells to more than {self._limits.max_actors} actors")
             intake = self._tell_intake[envelope.actor] = _Intake(self._limits.tell_window)
-        intake.arrive(f"tells to {envelope.actor!r}")
+        intake.arrive("tells")
         return events.Delivered("tell", 0, envelope.actor, envelope.message, frame.buffers)
 
     def _on_ask(self, frame: Frame) -> Event:
@@ -328,7 +323,7 @@ class Connection:
             self._check_own_id(frame)
             return None
         message = codec.decode_message(frame.body)
-        intake.arrive(f"items of stream {frame.id}")
+        intake.arrive("items")
         return events.ItemArrived(frame.id, message, frame.buffers)
 
     def _on_end(self, frame: Frame) -> Event | None:
@@ -370,19 +365,26 @@ class Connection:
     # --- helpers ----------------------------------------------------------------------------------------------------
 
     def _choose_sinks(self, kind: int, frame_id: int, sizes: Sequence[int]) -> Sinks:
-        if kind == Kind.ANSWER:
+        if kind == _ANSWER:
             if frame_id not in self._asks:
                 return DISCARD
             into = self._asks[frame_id]
             if into is not None and [view.nbytes for view in into] != list(sizes):
                 return DISCARD
             return into
-        if kind == Kind.ITEM and frame_id not in self._streams:
+        if kind == _ITEM and frame_id not in self._streams:
             return DISCARD
         return None
 
+    def _enter(self, state: State) -> None:
+        self.state = state
+        self.is_open = state is State.OPEN
+        self._handlers: dict[int, Callable[[Frame], Event | None]] = {
+            int(kind): getattr(self, f"_on_{kind.name.lower()}") for kind in _ALLOWED[state]
+        }
+
     def _open(self, peer: Identity) -> Event:
-        self.state = State.OPEN
+        self._enter(State.OPEN)
         self._reader.only_handshake = False
         return events.Opened(peer)
 
@@ -391,21 +393,16 @@ class Connection:
             return self._own_hello, self._peer_hello
         return self._peer_hello, self._own_hello
 
-    def _take_id(self) -> int:
-        taken = self._next_id
-        self._next_id += 2
-        return taken
-
-    def _check_open(self) -> None:
-        if self.state is not State.OPEN:
-            raise RuntimeError(f"send in state {self.state.value!r}")
+    def _not_open(self) -> RuntimeError:
+        return RuntimeError(f"send in state {self.state.value!r}")
 
     def _check_new_id(self, frame: Frame) -> None:
         """Ids that the peer gives are its own parity and never given twice."""
-        if not frame.id or (frame.id & 1) == (self._next_id & 1):
-            raise ProtocolError("bad_frame", f"{Kind(frame.kind).name} with id {frame.id}, which is not the peer's to give")
-        if frame.id in self._peer_asks or frame.id in self._peer_streams:
-            raise ProtocolError("bad_frame", f"id {frame.id} is given twice")
+        frame_id = frame.id
+        if not frame_id or not (frame_id ^ self._next_id) & 1:
+            raise ProtocolError("bad_frame", f"{Kind(frame.kind).name} with id {frame_id}, which is not the peer's to give")
+        if frame_id in self._peer_asks or frame_id in self._peer_streams:
+            raise ProtocolError("bad_frame", f"id {frame_id} is given twice")
         if len(self._peer_asks) + len(self._peer_streams) >= self._limits.max_open_asks:
             raise ProtocolError("too_large", f"more than {self._limits.max_open_asks} unfinished asks")
 

@@ -64,6 +64,10 @@ for _kind in Kind:
     )
 
 
+PLAIN_KINDS = frozenset(int(kind) for kind in DEFERRABLE | {Kind.CREDIT})
+"""Kinds whose frame needs no check beyond its size when it has neither flags nor buffers."""
+
+
 class ProtocolError(Exception):
     """The other end broke the protocol or was refused. The link is closed with `code`; nothing else is touched."""
 
@@ -114,14 +118,14 @@ def check_header(kind: int, flags: int, num_buffers: int, body_bytes: int, limit
     if num_buffers > limits.max_buffers:
         raise ProtocolError("too_large", f"{num_buffers} buffers, at most {limits.max_buffers}")
     limit = limits.max_handshake_bytes if rules & _IS_HANDSHAKE else limits.max_body_bytes
-    if kind != Kind.DATA and body_bytes > limit:
+    if body_bytes > limit and kind != Kind.DATA:
         raise ProtocolError("too_large", f"{Kind(kind).name} body of {body_bytes} bytes, at most {limit}")
 
 
-def check_sizes(deferred: bool, body_bytes: int, sizes: Sequence[int], limits: Limits) -> int:
+def check_sizes(flags: int, body_bytes: int, sizes: Sequence[int], limits: Limits) -> int:
     """Bytes of body and buffers together, if they may come like this."""
-    total = body_bytes + sum(sizes)
-    if not deferred:
+    total = body_bytes + sum(sizes) if sizes else body_bytes
+    if not flags & FLAG_DEFERRED:
         if total > limits.max_inline_bytes:
             raise ProtocolError("too_large", f"{total} bytes inline, at most {limits.max_inline_bytes}")
         return total

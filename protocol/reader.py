@@ -10,12 +10,15 @@ Knows frames and limits. Does not know connection states or what a body means: `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
+
+import msgspec
 
 from protocol.frames import (
     FLAG_DEFERRED,
     HEADER,
     HEADER_BYTES,
+    PLAIN_KINDS,
     Kind,
     Limits,
     ProtocolError,
@@ -30,11 +33,12 @@ Sinks: TypeAlias = "Sequence[memoryview] | object | None"
 
 _SCRATCH_BYTES: Final = 256 << 10
 _SCRATCH_BYTES_IN_TRANSIT: Final = 4 << 10  # read little while chunks are due, so that little of them has to be copied
+_GOODBYE: Final = int(Kind.GOODBYE)  # the last kind of the handshake
 _DATA: Final = int(Kind.DATA)
 _ABANDON: Final = int(Kind.ABANDON)
 
 
-class Frame(NamedTuple):
+class Frame(msgspec.Struct, gc=False):
     """`body` may lie in the scratch buffer: it is good until the reader is given more bytes."""
 
     kind: int
@@ -59,8 +63,8 @@ class FrameReader:
         self._chunk_left = 0
         self.only_handshake = True
 
-    def get_buffer(self) -> memoryview:
-        """Where the next bytes of the socket go."""
+    def get_buffer(self, sizehint: int = -1) -> memoryview:
+        """Where the next bytes of the socket go. Never empty; the hint is not needed."""
         transfer = self._direct
         if transfer is not None:
             if transfer.discarding:
@@ -113,8 +117,17 @@ class FrameReader:
         scratch, end = self._scratch, self._end
         while end - (pos := self._start) >= HEADER_BYTES:
             kind, flags, num_buffers, body_bytes, frame_id = HEADER.unpack_from(scratch, pos)
-            if self.only_handshake and kind > Kind.GOODBYE:
+            if self.only_handshake and kind > _GOODBYE:
                 raise ProtocolError("bad_frame", f"frame kind {kind} before the handshake")
+            if not (flags or num_buffers) and kind in PLAIN_KINDS and body_bytes <= self._limits.max_inline_bytes:
+                # What nearly every frame is: all its checks in one line.
+                start = pos + HEADER_BYTES
+                stop = start + body_bytes
+                if end < stop:
+                    return
+                self._start = stop
+                yield Frame(kind, frame_id, scratch[start:stop], ())
+                continue
             check_header(kind, flags, num_buffers, body_bytes, self._limits)
             if kind == _DATA:
                 transfer = self._take_chunk(frame_id, body_bytes, pos + HEADER_BYTES)
@@ -130,7 +143,7 @@ class FrameReader:
                 sizes = unpack_sizes(scratch, pos + HEADER_BYTES, num_buffers)
             else:
                 sizes = ()
-            total = check_sizes(bool(flags), body_bytes, sizes, self._limits)
+            total = check_sizes(flags, body_bytes, sizes, self._limits)
             if flags & FLAG_DEFERRED:
                 self._start = start
                 self._open_transfer(kind, frame_id, body_bytes, sizes, total)

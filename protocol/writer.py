@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-from protocol.frames import FLAG_DEFERRED, HEADER, HEADER_BYTES, Buffer, Kind, Limits, measure, pack_sizes
+from protocol.frames import FLAG_DEFERRED, HEADER, Buffer, Kind, Limits, measure, pack_sizes
 
 _DATA: Final = int(Kind.DATA)
 _ABANDON: Final = int(Kind.ABANDON)
@@ -32,14 +32,21 @@ class FrameWriter:
 
     def send(self, kind: int, frame_id: int, body: bytes, buffers: Sequence[Buffer] = ()) -> None:
         """Queue one message, after everything that was queued for the same id. MessageTooLarge: nothing was queued."""
-        if not buffers and len(body) <= self._limits.max_inline_bytes:
-            frame: tuple[Buffer, ...] = (HEADER.pack(kind, 0, 0, len(body), frame_id) + body,)
+        num_bytes = len(body)
+        if not buffers and num_bytes <= self._limits.max_inline_bytes:
+            piece = HEADER.pack(kind, 0, 0, num_bytes, frame_id) + body
+            if not self._transfers:
+                self._small.append(piece)
+                self._small_bytes += len(piece)
+                return
+            frame: tuple[Buffer, ...] = (piece,)
         else:
             sizes, total = measure(body, buffers, self._limits)
             if total > self._limits.max_inline_bytes:
                 self._send_deferred(_Transfer(kind, frame_id, body, buffers, sizes, total))
                 return
-            frame = (HEADER.pack(kind, 0, len(sizes), len(body), frame_id) + pack_sizes(sizes) + body, *buffers)
+            header = HEADER.pack(kind, 0, len(sizes), num_bytes, frame_id) + pack_sizes(sizes)
+            frame = (header + body, *(flat(buffer) for buffer in buffers))
         ahead = self._transfers.get(frame_id) if self._transfers else None
         if ahead is None:
             self._queue(frame)
@@ -82,13 +89,6 @@ class FrameWriter:
         return out
 
     @property
-    def next_bytes(self) -> int:
-        """Bytes of what data_to_send() would return now."""
-        if not self._turns:
-            return self._small_bytes
-        return self._small_bytes + HEADER_BYTES + min(self._chunk_bytes, self._turns[0].left)
-
-    @property
     def small_bytes(self) -> int:
         return self._small_bytes
 
@@ -102,8 +102,7 @@ class FrameWriter:
 
     def _queue(self, frame: tuple[Buffer, ...]) -> None:
         self._small += frame
-        for piece in frame:
-            self._small_bytes += len(piece) if type(piece) is bytes else memoryview(piece).nbytes
+        self._small_bytes += sum(map(len, frame))
 
     def _send_deferred(self, transfer: _Transfer) -> None:
         ahead = self._transfers.get(transfer.id)
@@ -140,6 +139,13 @@ class FrameWriter:
         self._announce()
 
 
+def flat(buffer: Buffer) -> Buffer:
+    """The same bytes as one row of bytes. Raises TypeError for memory that is not contiguous."""
+    if type(buffer) is not memoryview or (buffer.ndim == 1 and buffer.itemsize == 1):
+        return buffer
+    return buffer.cast("B") if buffer.nbytes else b""
+
+
 class _Transfer:
     """A deferred message on its way out, and what was queued behind it for the same id."""
 
@@ -152,8 +158,7 @@ class _Transfer:
         self.left = self.total = total
         self.followers: deque[tuple[Buffer, ...] | _Transfer] = deque()
         self.header = HEADER.pack(kind, FLAG_DEFERRED, len(sizes), len(body), frame_id) + pack_sizes(sizes)
-        views = [memoryview(piece) for piece in (body, *buffers)]
-        self._pieces = deque(view.cast("B") for view in views if view.nbytes)
+        self._pieces = deque(memoryview(flat(piece)) for piece in (body, *buffers) if len(piece))
 
     def take(self, count: int, out: list[Buffer]) -> None:
         """Move the next `count` bytes to `out`, as views."""

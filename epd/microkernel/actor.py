@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import msgspec
 
 from epd.errors import Cancelled, EpdError, InternalError
 from epd.log import Log
@@ -32,8 +33,7 @@ class Answer(NamedTuple):
     buffers: tuple[memoryview | bytes, ...] = ()
 
 
-@dataclass(slots=True)
-class Mail:
+class Mail(msgspec.Struct):
     """One message in a mailbox."""
 
     message: Message
@@ -71,41 +71,43 @@ class Actor:
 
 
 class Way(Protocol):
-    """How answers get back to whoever asked. Raises EpdError, and has then sent nothing, if a message cannot be carried."""
+    """How answers get back to whoever asked, under the id that was given with it. Raises EpdError, having sent nothing, if it
+    cannot carry a message."""
 
-    def answer(self, message: Message, buffers: Sequence[Buffer]) -> None: ...
+    def answer(self, ask_id: int, message: Message, buffers: Sequence[Buffer]) -> None: ...
 
-    def item(self, message: Message, buffers: Sequence[Buffer]) -> None: ...
+    def item(self, ask_id: int, message: Message, buffers: Sequence[Buffer]) -> None: ...
 
-    def end(self, failed: Failed | None) -> None: ...
+    def end(self, ask_id: int, failed: Failed | None) -> None: ...
 
-    def item_room(self) -> int:
+    def item_room(self, ask_id: int) -> int:
         """Items that may be sent now."""
 
+    def taken(self, ask_id: int) -> None:
+        """A tell has left the mailbox. Links give credit for it."""
 
-class Reply:
+
+class Reply(msgspec.Struct, eq=False):
     """The other end of a mail. An ask is answered by one `send` or `fail`; a stream by items and one `end` or `fail`.
 
     Buffers belong to the receiver of the answer from then on, and must not change before it lets go of them. Answering twice
     raises InternalError; answering somebody who has left does nothing.
     """
 
-    __slots__ = ("_callbacks", "_cancelled", "_done", "_room_waiters", "_unanswered", "_way", "kind")
-
-    def __init__(self, kind: Kind, way: Way | None) -> None:
-        self.kind: Kind = kind
-        self._way = way
-        self._done = way is None
-        self._cancelled = False
-        self._callbacks: list[Callable[[], None]] | None = None
-        self._room_waiters: deque[asyncio.Future[None]] | None = None
-        self._unanswered: set[Reply] | None = None
+    # A struct because one is made for every ask, and because nothing is cheaper to make.
+    kind: Kind
+    _way: Way
+    _id: int = 0
+    _done: bool = False
+    _cancelled: bool = False
+    _callbacks: list[Callable[[], None]] | None = None
+    _room_waiters: deque[asyncio.Future[None]] | None = None
+    _unanswered: set[Reply] | None = None
 
     def send(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """The one answer to an ask."""
         if self._may_answer("ask"):
-            assert self._way is not None
-            self._way.answer(message, buffers)
+            self._way.answer(self._id, message, buffers)
             self._settle()
 
     async def item(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
@@ -116,8 +118,7 @@ class Reply:
         """
         if not self._may_answer("stream"):
             raise Cancelled("the consumer of this stream has left")
-        assert self._way is not None
-        while self._way.item_room() <= 0 or self._room_waiters:
+        while self._way.item_room(self._id) <= 0 or self._room_waiters:
             waiter = asyncio.get_running_loop().create_future()
             if self._room_waiters is None:
                 self._room_waiters = deque()
@@ -129,16 +130,15 @@ class Reply:
                     self._room_waiters.remove(waiter)
             if not self._may_answer("stream"):
                 raise Cancelled("the consumer of this stream has left")
-            if self._way.item_room() > 0:
+            if self._way.item_room(self._id) > 0:
                 break
-        self._way.item(message, buffers)
+        self._way.item(self._id, message, buffers)
         self.room_opened()
 
     def end(self) -> None:
         """The stream is complete."""
         if self._may_answer("stream"):
-            assert self._way is not None
-            self._way.end(None)
+            self._way.end(self._id, None)
             self._settle()
 
     def fail(self, error: EpdError) -> None:
@@ -146,11 +146,10 @@ class Reply:
         if self.kind == "tell":
             _log.warning("a tell failed", code=error.code, reason=error.message)
         elif self._may_answer(self.kind):
-            assert self._way is not None
             if self.kind == "ask":
-                self._way.answer(error.to_wire(), ())
+                self._way.answer(self._id, error.to_wire(), ())
             else:
-                self._way.end(error.to_wire())
+                self._way.end(self._id, error.to_wire())
             self._settle()
 
     @property
@@ -181,7 +180,8 @@ class Reply:
             self._unanswered = unanswered
 
     def taken(self) -> None:
-        """A tell has left the mailbox. Links give credit for it."""
+        """A tell has left the mailbox."""
+        self._way.taken(self._id)
 
     def cancel(self) -> None:
         """Whoever asked has left."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, assert_never, cast
 
@@ -18,7 +18,7 @@ from epd.log import Log
 from epd.microkernel.actor import Answer, Buffer, Mail, Reply
 from epd.microkernel.itemstream import ItemStream
 from protocol import events
-from protocol.connection import Connection, State
+from protocol.connection import Connection
 from protocol.frames import MessageTooLarge
 from protocol.handshake import NONCE_BYTES, Identity, Side
 from protocol.messages import Failed, Message, WorkerId
@@ -78,18 +78,21 @@ class Link(asyncio.BufferedProtocol):
         self._connection = Connection(
             side=side, identity=identity, token=token, nonce=secrets.token_bytes(NONCE_BYTES), expected=expected
         )
+        self.get_buffer = self._connection.get_buffer  # type: ignore[method-assign]  # no frame between loop and reader
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._heartbeat_s = heartbeat_s
         self._timer: asyncio.TimerHandle | None = None
         self._pinged_at = 0.0
         self._is_lost = False
+        self.is_open = False
         self._is_paused = False
-        self._flush_scheduled = False
+        self._is_turn_planned = False
         self._asks: dict[int, asyncio.Future[Answer]] = {}
         self._streams: dict[int, ItemStream] = {}
         self._replies: dict[int, Reply] = {}
-        self._tell_replies: dict[str, _TellReply] = {}
+        self._tell_replies: dict[str, Reply] = {}
+        self._way = _RemoteWay(self)
         self._tell_waiters: dict[str, deque[asyncio.Future[None]]] = {}
         self._drain_waiters: list[asyncio.Future[None]] = []
         self._rtt_s = 0.0
@@ -98,29 +101,26 @@ class Link(asyncio.BufferedProtocol):
 
     # --- asking -----------------------------------------------------------------------------------------------------
 
-    @property
-    def is_open(self) -> bool:
-        return self._connection.state is State.OPEN and not self._is_lost
-
     def ask(
         self, actor: str, message: Message, buffers: Sequence[Buffer], into: Sequence[memoryview] | None
     ) -> tuple[int, asyncio.Future[Answer]]:
         """The future gets the Answer or PeerLost. A Failed answer is an Answer here."""
-        self._check_open()
+        if not self.is_open:
+            raise self._lost()
         try:
             ask_id = self._connection.send_ask(actor, message, buffers, into=into)
         except MessageTooLarge as error:
             raise BodyTooLarge(str(error)) from None
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._asks[ask_id] = future
-        self._schedule_flush()
+        self._send_soon()
         return ask_id, future
 
     def cancel_ask(self, ask_id: int) -> None:
         """The answer is not wanted any more; registered views are not written to from now on."""
         if self._asks.pop(ask_id, None) is not None:
             self._connection.cancel(ask_id)
-            self._schedule_flush()
+            self._send_soon()
 
     def open_stream(
         self, actor: str, message: Message, buffers: Sequence[Buffer], items: ItemStream, *, window: int
@@ -131,7 +131,7 @@ class Link(asyncio.BufferedProtocol):
         except MessageTooLarge as error:
             raise BodyTooLarge(str(error)) from None
         self._streams[stream_id] = items
-        self._schedule_flush()
+        self._send_soon()
         return _RemoteSource(self, stream_id)
 
     async def tell(self, actor: str, message: Message, buffers: Sequence[Buffer], *, timeout_s: float) -> None:
@@ -148,7 +148,7 @@ class Link(asyncio.BufferedProtocol):
             raise BodyTooLarge(str(error)) from None
         finally:
             self._offer_tell_room(actor)
-        self._schedule_flush()
+        self._send_soon()
 
     @property
     def is_choked(self) -> bool:
@@ -174,17 +174,13 @@ class Link(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=0)  # pause as soon as the socket takes no more
         self._timer = self._loop.call_later(self._heartbeat_s, self._tick)
-        self._flush()
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._connection.get_buffer()
+        self._write()
 
     def buffer_updated(self, nbytes: int) -> None:
         self._received_bytes += nbytes
         for event in self._connection.buffer_updated(nbytes):
             self._handle(event)
-        if self._connection.has_data:
-            self._schedule_flush()
+        self._send_soon()
 
     def eof_received(self) -> bool:
         return False
@@ -194,7 +190,7 @@ class Link(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._is_paused = False
-        self._schedule_flush()
+        self._send_soon()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lose(PeerLost(f"the link to {self.peer or 'a peer'} broke" + (f": {exc}" if exc else "")), "reset")
@@ -228,9 +224,7 @@ class Link(asyncio.BufferedProtocol):
                 if future is None or future.done():
                     return
                 if event.mismatched:
-                    future.set_exception(
-                        CorruptTransfer("the answer's buffers do not fit the memory given for them")
-                    )
+                    future.set_exception(CorruptTransfer("the answer's buffers do not fit the memory given for them"))
                 else:
                     future.set_result(Answer(event.message, event.buffers))
             case events.Delivered():
@@ -253,6 +247,7 @@ class Link(asyncio.BufferedProtocol):
                 self._handle(self._connection.accept() if refusal is None else self._connection.close(*refusal))
             case events.Opened():
                 self.peer = event.peer.worker
+                self.is_open = True
                 self._host.link_opened(self, event.peer)
             case events.Closed():
                 self._closed(event)
@@ -261,18 +256,18 @@ class Link(asyncio.BufferedProtocol):
 
     def _deliver(self, event: events.Delivered) -> None:
         if event.kind == "tell":
-            reply: Reply | None = self._tell_replies.get(event.actor)
+            reply = self._tell_replies.get(event.actor)
             if reply is None:
-                reply = self._tell_replies[event.actor] = _TellReply(self._connection, event.actor, self._schedule_flush)
+                reply = self._tell_replies[event.actor] = Reply("tell", _TellWay(self, event.actor), 0, True)
         else:
-            reply = self._replies[event.id] = Reply(event.kind, _RemoteWay(self, event.id))
+            reply = self._replies[event.id] = Reply(event.kind, self._way, event.id)
         self._host.deliver(Mail(event.message, event.buffers, reply, self.peer), event.actor)
 
     def _closed(self, event: events.Closed) -> None:
         who = f"worker {self.peer!r}" if self.peer else "a peer"
         what = f"{who} closed the link" if event.by_peer else f"the link to {who} was closed"
         error_type = Refused if event.code in _REFUSALS else PeerLost
-        self._flush()
+        self._write()
         if self._transport is not None and not self._transport.is_closing():
             self._transport.close()
             # A peer that does not read would keep the socket and its buffers for ever.
@@ -283,6 +278,7 @@ class Link(asyncio.BufferedProtocol):
         if self._is_lost:
             return
         self._is_lost = True
+        self.is_open = False
         if self._timer is not None:
             self._timer.cancel()
         self._connection.close("lost", error.message)  # lets go of registered views
@@ -307,38 +303,43 @@ class Link(asyncio.BufferedProtocol):
         self._pinged_at = self._loop.time()
         for event in self._connection.tick():
             self._handle(event)
-        self._schedule_flush()
+        self._send_soon()
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def _schedule_flush(self) -> None:
-        """Flush soon: what is sent in one turn of the loop goes to the socket together."""
-        if not self._flush_scheduled and not self._is_paused:
-            self._flush_scheduled = True
-            self._loop.call_soon(self._flush)
+    def _send_soon(self) -> None:
+        """What is first sent in a turn of the loop goes to the socket at once, whatever follows in that turn goes together."""
+        if not self._is_turn_planned and not self._is_paused and self._connection.has_data:
+            self._is_turn_planned = True
+            self._loop.call_soon(self._end_turn)
+            self._write()
 
-    def _flush(self) -> None:
-        self._flush_scheduled = False
+    def _end_turn(self) -> None:
+        self._is_turn_planned = False
+        self._send_soon()
+
+    def _write(self) -> None:
+        """Hand the socket what it takes, a little at a time: others want their turn too."""
         connection, transport = self._connection, self._transport
         if transport is None or transport.is_closing():
             return
         for _ in range(_CHUNKS_PER_TURN):
-            if self._is_paused or not connection.has_data:
-                break
-            num_bytes = connection.next_bytes
             pieces = connection.data_to_send()
-            self._sent_bytes += num_bytes
             if len(pieces) == 1:
+                self._sent_bytes += len(pieces[0])
                 transport.write(pieces[0])
-            elif num_bytes <= _JOIN_BYTES:
-                transport.write(b"".join(pieces))
-            else:
-                transport.writelines(pieces)
-        if self._is_paused:
-            return
-        if connection.has_data:
-            self._schedule_flush()
-        elif self._drain_waiters:
+            elif pieces:
+                num_bytes = sum(map(len, pieces))
+                self._sent_bytes += num_bytes
+                if num_bytes <= _JOIN_BYTES:
+                    transport.write(b"".join(pieces))
+                else:
+                    transport.writelines(pieces)
+            if self._is_paused:
+                return
+            if not connection.has_data:
+                break
+        if self._drain_waiters and not connection.has_data:
             waiters, self._drain_waiters = self._drain_waiters, []
             for waiter in waiters:
                 if not waiter.done():
@@ -376,56 +377,60 @@ class Link(asyncio.BufferedProtocol):
 
     def _check_open(self) -> None:
         if not self.is_open:
-            raise PeerLost(f"the link to {self.peer!r} is lost")
+            raise self._lost()
 
-
-class _TellReply(Reply):
-    """One for all tells of a link to one actor: nothing is owed but credit."""
-
-    __slots__ = ("_actor", "_connection", "_flush")
-
-    def __init__(self, connection: Connection, actor: str, flush: Callable[[], None]) -> None:
-        super().__init__("tell", None)
-        self._connection = connection
-        self._actor = actor
-        self._flush = flush
-
-    def taken(self) -> None:
-        self._connection.take_tell(self._actor)
-        if self._connection.has_data:
-            self._flush()
+    def _lost(self) -> PeerLost:
+        return PeerLost(f"the link to {self.peer!r} is lost")
 
 
 class _RemoteWay:
     """Back over the link to whoever asked."""
 
-    __slots__ = ("_id", "_link")
+    __slots__ = ("_connection", "_link")
 
-    def __init__(self, link: Link, ask_id: int) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
-        self._id = ask_id
+        self._connection = link._connection
 
-    def answer(self, message: Message, buffers: Sequence[Buffer]) -> None:
-        self._send(self._link._connection.send_answer, message, buffers)
-        self._link._replies.pop(self._id, None)
-
-    def item(self, message: Message, buffers: Sequence[Buffer]) -> None:
-        self._send(self._link._connection.send_item, message, buffers)
-
-    def end(self, failed: Failed | None) -> None:
-        self._link._connection.send_end(self._id, failed)
-        self._link._replies.pop(self._id, None)
-        self._link._schedule_flush()
-
-    def item_room(self) -> int:
-        return self._link._connection.item_room(self._id)
-
-    def _send(self, send: Callable[[int, Message, Sequence[Buffer]], None], message: Message, buffers: Sequence[Buffer]) -> None:
+    def answer(self, ask_id: int, message: Message, buffers: Sequence[Buffer]) -> None:
         try:
-            send(self._id, message, buffers)
+            self._connection.send_answer(ask_id, message, buffers)
         except MessageTooLarge as error:
             raise BodyTooLarge(str(error)) from None
-        self._link._schedule_flush()
+        self._link._replies.pop(ask_id, None)
+        self._link._send_soon()
+
+    def item(self, ask_id: int, message: Message, buffers: Sequence[Buffer]) -> None:
+        try:
+            self._connection.send_item(ask_id, message, buffers)
+        except MessageTooLarge as error:
+            raise BodyTooLarge(str(error)) from None
+        self._link._send_soon()
+
+    def end(self, ask_id: int, failed: Failed | None) -> None:
+        self._connection.send_end(ask_id, failed)
+        self._link._replies.pop(ask_id, None)
+        self._link._send_soon()
+
+    def item_room(self, ask_id: int) -> int:
+        return self._connection.item_room(ask_id)
+
+    def taken(self, ask_id: int) -> None:
+        """Asks and streams need no credit."""
+
+
+class _TellWay(_RemoteWay):
+    """Of all tells of a link to one actor: nothing is owed but credit."""
+
+    __slots__ = ("_actor",)
+
+    def __init__(self, link: Link, actor: str) -> None:
+        super().__init__(link)
+        self._actor = actor
+
+    def taken(self, ask_id: int) -> None:
+        self._connection.take_tell(self._actor)
+        self._link._send_soon()
 
 
 class _RemoteSource:
@@ -439,10 +444,9 @@ class _RemoteSource:
 
     def took_item(self) -> None:
         self._link._connection.take_item(self._id)
-        if self._link._connection.has_data:
-            self._link._schedule_flush()
+        self._link._send_soon()
 
     def left(self) -> None:
         if self._link._streams.pop(self._id, None) is not None:
             self._link._connection.cancel(self._id)
-            self._link._schedule_flush()
+            self._link._send_soon()

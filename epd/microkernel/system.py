@@ -11,13 +11,15 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from epd.errors import CorruptTransfer, DeadlineExceeded, InternalError, Overloaded, Unavailable, from_wire
+from epd.errors import DeadlineExceeded, InternalError, Overloaded, Unavailable, from_wire
 from epd.log import Log
 from epd.microkernel import sockets
 from epd.microkernel.actor import Actor, Answer, Buffer, Mail, Reply
 from epd.microkernel.cell import Cell
+from epd.microkernel.deadlines import Deadlines
 from epd.microkernel.itemstream import ItemStream, Source
-from epd.microkernel.link import HEARTBEAT_S, LinkStats
+from epd.microkernel.link import HEARTBEAT_S, Link, LinkStats
+from epd.microkernel.local import TOLD, LocalAsk, LocalStream, by_reference, copy_into, mismatch
 from epd.microkernel.peers import Peers
 from epd.microkernel.tasks import TaskOwner
 from protocol.handshake import Identity
@@ -68,6 +70,7 @@ class System:
         if self._peers is not None:
             raise InternalError("a system is started once")
         self._loop = asyncio.get_running_loop()
+        self._deadlines = Deadlines(self._loop)
         tcp = sockets.listen_tcp(self._host, self._port)
         unix, unix_path = sockets.listen_unix() if self._unix else (None, "")
         self._endpoint = Endpoint(
@@ -180,13 +183,10 @@ class System:
         """
         if to.worker == self.worker:
             cell = await self._cell_with_room(to, timeout_s)
-            cell.put(Mail(message, _local(buffers), _TOLD, self.worker))
+            cell.put(Mail(message, by_reference(buffers), TOLD, self.worker))
             return
         deadline = self._loop.time() + timeout_s
-        peers = self._live_peers()
-        link = peers.open_link(to.worker) or await peers.link(to.worker, timeout_s=timeout_s)
-        if link.is_choked:
-            await link.drained(deadline - self._loop.time())
+        link = await self._ready_link(to.worker, timeout_s)
         await link.tell(to.actor, message, buffers, timeout_s=deadline - self._loop.time())
 
     async def ask(
@@ -212,12 +212,12 @@ class System:
         if to.worker == self.worker:
             answer = await self._ask_local(to, message, buffers, timeout_s)
             if into is not None and type(answer.message) is not Failed:
-                answer = _copy_into(answer, into)
+                answer = copy_into(answer, into)
         else:
             views = None if into is None else [view.cast("B") for view in into]
             answer = await self._ask_remote(to, message, buffers, timeout_s, views)
-            if views is not None and type(answer.message) is not Failed and len(answer.buffers) != len(views):
-                raise _mismatch([len(buffer) for buffer in answer.buffers], views)
+            if views is not None and len(answer.buffers) != len(views) and type(answer.message) is not Failed:
+                raise mismatch([len(buffer) for buffer in answer.buffers], views)
         if type(answer.message) is Failed:
             raise from_wire(answer.message)
         return answer
@@ -233,14 +233,10 @@ class System:
         async def open_source(items: ItemStream) -> Source:
             if to.worker == self.worker:
                 cell = await self._cell_with_room(to, items.time_left_s)
-                way = _LocalStream(items, window)
-                way.reply = Reply("stream", way)
-                cell.put(Mail(message, _local(buffers), way.reply, self.worker))
-                return way
-            peers = self._live_peers()
-            link = peers.open_link(to.worker) or await peers.link(to.worker, timeout_s=items.time_left_s)
-            if link.is_choked:
-                await link.drained(items.time_left_s)
+                source = LocalStream(items, window)
+                cell.put(Mail(message, by_reference(buffers), source.reply, self.worker))
+                return source
+            link = await self._ready_link(to.worker, items.time_left_s)
             return link.open_stream(to.actor, message, buffers, items, window=window)
 
         return ItemStream(open_source, timeout_s=timeout_s)
@@ -287,37 +283,51 @@ class System:
     # --- helpers ----------------------------------------------------------------------------------------------------
 
     async def _ask_local(self, to: Address, message: Message, buffers: Sequence[Buffer], timeout_s: float) -> Answer:
-        deadline = self._loop.time() + timeout_s
+        began = self._loop.time()
         cell = self._cells.get(to.actor)
         if cell is None or not cell.is_open or not cell.has_room:
             cell = await self._cell_with_room(to, timeout_s)
+            timeout_s -= self._loop.time() - began
         future: asyncio.Future[Answer] = self._loop.create_future()
-        reply = Reply("ask", _LocalAsk(future))
-        cell.put(Mail(message, _local(buffers), reply, self.worker))
-        timer = self._loop.call_at(deadline, _expire, future, to, timeout_s)
+        reply = Reply("ask", LocalAsk(future))
+        cell.put(Mail(message, by_reference(buffers), reply, self.worker))
+        due = self._deadlines.add(future, timeout_s)
         try:
             return await future
-        except BaseException:
+        except BaseException as error:
             reply.cancel()
+            if isinstance(error, TimeoutError):
+                raise _overdue(to, timeout_s) from None
             raise
         finally:
-            timer.cancel()
+            due.discard(future)
 
     async def _ask_remote(
         self, to: Address, message: Message, buffers: Sequence[Buffer], timeout_s: float, into: Sequence[memoryview] | None
     ) -> Answer:
-        deadline = self._loop.time() + timeout_s
-        peers = self._live_peers()
-        link = peers.open_link(to.worker) or await peers.link(to.worker, timeout_s=timeout_s)
-        if link.is_choked:
-            await link.drained(deadline - self._loop.time())
+        link = self._live_peers().open_link(to.worker)
+        if link is None or link.is_choked:
+            deadline = self._loop.time() + timeout_s
+            link = await self._ready_link(to.worker, timeout_s)
+            timeout_s = deadline - self._loop.time()
         ask_id, future = link.ask(to.actor, message, buffers, into)
-        timer = self._loop.call_at(deadline, _expire, future, to, timeout_s)
+        due = self._deadlines.add(future, timeout_s)
         try:
             return await future
+        except TimeoutError:
+            raise _overdue(to, timeout_s) from None
         finally:
-            timer.cancel()
+            due.discard(future)
             link.cancel_ask(ask_id)  # does nothing after an answer
+
+    async def _ready_link(self, worker: WorkerId, timeout_s: float) -> Link:
+        """An open link whose other end reads."""
+        deadline = self._loop.time() + timeout_s
+        peers = self._live_peers()
+        link = peers.open_link(worker) or await peers.link(worker, timeout_s=timeout_s)
+        if link.is_choked:
+            await link.drained(deadline - self._loop.time())
+        return link
 
     async def _cell_with_room(self, to: Address, timeout_s: float) -> Cell:
         deadline = self._loop.time() + timeout_s
@@ -335,84 +345,5 @@ class System:
         return self._peers
 
 
-class _LocalAsk:
-    """Back to an ask of this process."""
-
-    __slots__ = ("_future",)
-
-    def __init__(self, future: asyncio.Future[Answer]) -> None:
-        self._future = future
-
-    def answer(self, message: Message, buffers: Sequence[Buffer]) -> None:
-        if not self._future.done():
-            self._future.set_result(Answer(message, _local(buffers)))
-
-    def item(self, message: Message, buffers: Sequence[Buffer]) -> None:
-        raise InternalError("an ask has no items")
-
-    def end(self, failed: Failed | None) -> None:
-        raise InternalError("an ask has no end")
-
-    def item_room(self) -> int:
-        return 0
-
-
-class _LocalStream:
-    """Both ends of a stream within this process."""
-
-    __slots__ = ("_items", "_window", "reply")
-
-    reply: Reply
-
-    def __init__(self, items: ItemStream, window: int) -> None:
-        self._items = items
-        self._window = window
-
-    def answer(self, message: Message, buffers: Sequence[Buffer]) -> None:
-        raise InternalError("a stream has items, not an answer")
-
-    def item(self, message: Message, buffers: Sequence[Buffer]) -> None:
-        self._items.push(Answer(message, _local(buffers)))
-
-    def end(self, failed: Failed | None) -> None:
-        self._items.finish(None if failed is None else from_wire(failed))
-
-    def item_room(self) -> int:
-        return self._window - self._items.num_items
-
-    def took_item(self) -> None:
-        self.reply.room_opened()
-
-    def left(self) -> None:
-        self.reply.cancel()
-
-
-_TOLD = Reply("tell", None)
-
-
-def _local(buffers: Sequence[Buffer]) -> tuple[memoryview | bytes, ...]:
-    """Buffers as a mail has them, by reference."""
-    if not buffers:
-        return ()
-    return tuple(memoryview(buffer) if type(buffer) is bytearray else buffer for buffer in buffers)  # type: ignore[misc]
-
-
-def _copy_into(answer: Answer, into: Sequence[memoryview]) -> Answer:
-    views = [view.cast("B") for view in into]
-    sources = [memoryview(buffer).cast("B") for buffer in answer.buffers]
-    if [source.nbytes for source in sources] != [view.nbytes for view in views]:
-        raise _mismatch([source.nbytes for source in sources], views)
-    for view, source in zip(views, sources, strict=True):
-        view[:] = source
-    return Answer(answer.message, tuple(views))
-
-
-def _mismatch(sizes: list[int], views: Sequence[memoryview]) -> CorruptTransfer:
-    return CorruptTransfer(f"the answer has buffers of {sizes} bytes, room was made for {[view.nbytes for view in views]}")
-
-
-def _expire(future: asyncio.Future[Answer], to: Address, timeout_s: float) -> None:
-    if not future.done():
-        future.set_exception(
-            DeadlineExceeded(f"actor {to.actor!r} of worker {to.worker!r} did not answer within {timeout_s:g} s")
-        )
+def _overdue(to: Address, timeout_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"actor {to.actor!r} of worker {to.worker!r} did not answer within {timeout_s:g} s")
