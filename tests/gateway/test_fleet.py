@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from epd.errors import EpdError, Refused, Unavailable
+from epd.gateway.fleet import Fleet
+from epd.gateway.placement import Placement
+from epd.microkernel.system import System
+from epd.request import GenerateRequest
+from protocol.messages import Address, Join, Joined, Leave, LinkLoad, ReportLoad, RequestId, Sampling, StageLoad
+from tests.support.clock import FakeClock
+from tests.support.stages import item
+from tests.support.systems import running, until
+
+LAYOUT = 5
+REQUEST = GenerateRequest(RequestId("r"), tuple(range(40)), (), Sampling())
+
+
+@asynccontextmanager
+async def _fleet(*, needs_encode: bool = True) -> AsyncIterator[tuple[Fleet, System, System]]:
+    clock = FakeClock()
+    async with running("gateway", "w") as (gateway, worker):
+        fleet = Fleet(Placement(block_size=4), model="m", layout=LAYOUT, block_size=4, needs_encode=needs_encode, clock=clock)
+        await gateway.register("directory", fleet)
+        yield fleet, gateway, worker
+
+
+def _join(system: System, *roles: str, layout: int = LAYOUT, max_model_len: int = 100) -> Join:
+    return Join(system.endpoint, roles, "m", layout, 1, "cpu", max_model_len, 4)
+
+
+DIRECTORY = Address("gateway", "directory")  # type: ignore[arg-type]
+
+
+async def test_a_worker_joins_reports_and_leaves() -> None:
+    async with _fleet() as (fleet, _, worker):
+        assert fleet.missing_roles() == ("encode", "prefill", "decode")
+        answer = await worker.ask(DIRECTORY, _join(worker, "prefill", "decode"), timeout_s=5)
+        assert isinstance(answer.message, Joined)
+        assert fleet.missing_roles() == ("encode",)
+        load = StageLoad("prefill", num_blocks=10, num_free_blocks=4)
+        link = LinkLoad(worker.worker, "mapped", 3, 100, 0.5)
+        await worker.tell(DIRECTORY, ReportLoad(worker.worker, (load, StageLoad("decode")), (link,)))
+        await until(lambda: fleet.members()[0][1][0].num_blocks == 10)
+        (described,) = fleet.describe()["workers"]  # type: ignore[misc]
+        assert described["roles"] == ["prefill", "decode"]
+        assert described["links"][0]["rung"] == "mapped"
+        await worker.tell(DIRECTORY, Leave(worker.worker))
+        await until(lambda: not fleet.is_alive(worker.worker))
+        assert fleet.missing_roles() == ("encode", "prefill", "decode")
+
+
+async def test_a_worker_with_another_model_is_refused() -> None:
+    async with _fleet() as (fleet, _, worker):
+        with pytest.raises(Refused, match="--model"):
+            await worker.ask(DIRECTORY, _join(worker, "decode", layout=6), timeout_s=5)
+        assert not fleet.is_alive(worker.worker)
+
+
+async def test_a_lost_link_removes_the_worker() -> None:
+    async with _fleet() as (fleet, _, worker):
+        await worker.ask(DIRECTORY, _join(worker, "decode"), timeout_s=5)
+        await worker.stop()
+        await until(lambda: not fleet.is_alive(worker.worker))
+
+
+async def test_text_models_need_no_encode_worker() -> None:
+    async with _fleet(needs_encode=False) as (fleet, _, worker):
+        await worker.ask(DIRECTORY, _join(worker, "prefill", "decode"), timeout_s=5)
+        assert fleet.missing_roles() == ()
+
+
+async def test_work_waits_for_a_worker_and_not_for_ever() -> None:
+    async with _fleet() as (fleet, _, worker):
+        with pytest.raises(Unavailable, match="prefill"):
+            await fleet.place(REQUEST.token_ids, REQUEST, avoid=frozenset(), timeout_s=0)
+        waiting = asyncio.create_task(fleet.place(REQUEST.token_ids, REQUEST, avoid=frozenset(), timeout_s=20))
+        await worker.ask(DIRECTORY, _join(worker, "prefill"), timeout_s=5)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await worker.ask(DIRECTORY, _join(worker, "prefill", "decode"), timeout_s=5)
+        placed = await waiting
+        assert placed.prefill == placed.decode == worker.endpoint
+        placed.prefilled()
+        placed.release()
+        fleet.check_integrity()
+        assert fleet._placement.num_outstanding("prefill") == fleet._placement.num_outstanding("decode") == 0
+
+
+async def test_an_encoder_is_busy_while_it_is_used() -> None:
+    async with _fleet() as (fleet, _, worker):
+        await worker.ask(DIRECTORY, _join(worker, "encode"), timeout_s=5)
+        async with fleet.encoder(item(b"x", 0, 3), avoid=frozenset(), timeout_s=1) as endpoint:
+            assert endpoint == worker.endpoint
+            assert fleet._placement.num_outstanding("encode") == 1
+        with pytest.raises(EpdError):
+            async with fleet.encoder(item(b"x", 0, 3), avoid=frozenset(), timeout_s=1):
+                raise Unavailable("it failed")
+        assert fleet._placement.num_outstanding("encode") == 0
+
+
+async def test_the_shortest_context_of_all_text_workers_counts() -> None:
+    async with _fleet() as (fleet, gateway, worker):
+        assert fleet.max_model_len(80) == 80
+        await worker.ask(DIRECTORY, _join(worker, "prefill", max_model_len=60), timeout_s=5)
+        await gateway.ask(DIRECTORY, _join(gateway, "encode", max_model_len=10), timeout_s=5)
+        assert fleet.max_model_len(80) == 60
