@@ -21,7 +21,7 @@ from epd.errors import BadImage, BadRequest, PromptTooLong, Unsupported
 from epd.gateway.template import ChatTemplate
 from epd.gateway.tokenizer import Tokenizer
 from epd.model.config import ModelConfig
-from epd.model.preprocess import image_grid
+from epd.model.preprocess import MAX_IMAGE_PIXELS, image_grid
 from epd.request import PromptImage
 from protocol.messages import MMItem
 
@@ -65,7 +65,12 @@ class Prompter:
         return self.config.image is not None
 
     def chat(
-        self, messages: Sequence[Mapping[str, object]], images: Sequence[bytes] = (), options: Mapping[str, object] | None = None
+        self,
+        messages: Sequence[Mapping[str, object]],
+        images: Sequence[bytes] = (),
+        options: Mapping[str, object] | None = None,
+        *,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ) -> Prompt:
         """The prompt for the assistant's next turn.
 
@@ -73,6 +78,7 @@ class Prompter:
             messages: `role` and `content`: a text, or parts `{"type": "text", "text": ...}` and `{"type": "image"}`.
             images: the files of the image parts, in their order.
             options: variables of the template, such as `enable_thinking`.
+            max_image_pixels: of an image as it was sent.
 
         Raises:
             BadRequest: no template, or it refuses the messages; BadImage: an image that cannot be read; PromptTooLong.
@@ -85,7 +91,7 @@ class Prompter:
         if images and not self.takes_images:
             raise Unsupported("this model takes no images", param="messages")
         self._check_size(sum(len(text) for message in messages for text in _texts(message)))
-        items = [self._item(data, f"image {index} of {len(images)}") for index, data in enumerate(images, 1)]
+        items = [self._item(data, f"image {index} of {len(images)}", max_image_pixels) for index, data in enumerate(images, 1)]
         mark = "\ue000" + secrets.token_hex(8) + "\ue001"
         safe = [self._neutral.message(message, mark, flat=not self.takes_images) for message in messages]
         token_ids = self._neutral.encode(self.template.render(safe, options), mark)
@@ -131,10 +137,10 @@ class Prompter:
 
     # --- images -----------------------------------------------------------------------------------------------------
 
-    def _item(self, data: bytes, name: str) -> MMItem:
+    def _item(self, data: bytes, name: str, max_image_pixels: int) -> MMItem:
         assert self.config.image is not None
         try:
-            t, h, w = image_grid(data, self.config.image)
+            t, h, w = image_grid(data, self.config.image, max_image_pixels=max_image_pixels)
         except BadImage as error:
             raise BadImage(f"{name}: {error.message}", param="messages") from error
         # A cryptographic hash: with a weaker one a client could make an image that another client's image is taken for.

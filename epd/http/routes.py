@@ -96,7 +96,10 @@ class OpenAIRoutes:
         options = call.options
         images = await self._fetch(call)
         size += sum(map(len, images))
-        prompt = await self._run(size, lambda: self._prompter.chat(call.messages, images, call.template_options))
+        limit = self._config.max_image_pixels
+        prompt = await self._run(
+            size, lambda: self._prompter.chat(call.messages, images, call.template_options, max_image_pixels=limit)
+        )
         identity = self._identity("chatcmpl")
         form = ChatFormat(identity, include_usage=options.include_usage, wants_logprobs=options.sampling.num_logprobs >= 0)
         return self._answer(identity, [prompt], options, form)

@@ -38,13 +38,13 @@ _TRANSPOSES = {
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, OverflowError, MemoryError)
 
 
-def image_grid(data: bytes | memoryview, config: ImageConfig) -> Grid:
+def image_grid(data: bytes | memoryview, config: ImageConfig, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Grid:
     """The grid (1, rows, columns) in patches that `preprocess` will make of this file; reads only the header.
 
     Raises BadImage for an unknown format, a broken header, too many pixels or too long a side. A file whose header is sound and
     whose pixels are not is found out by `preprocess`.
     """
-    image, orientation = _open(data)
+    image, orientation = _open(data, max_image_pixels)
     width, height = image.size
     if orientation in _QUARTER_TURNS:
         width, height = height, width
@@ -100,7 +100,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     return rows, columns
 
 
-def _open(data: bytes | memoryview) -> tuple[Image.Image, int]:
+def _open(data: bytes | memoryview, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[Image.Image, int]:
     """The image with nothing decoded yet, and its EXIF orientation (1: upright)."""
     if not data:
         raise BadImage("the image is empty (0 bytes)")
@@ -115,8 +115,9 @@ def _open(data: bytes | memoryview) -> tuple[Image.Image, int]:
     width, height = image.size
     if width < 1 or height < 1:
         raise BadImage(f"the image is {width} x {height}; it has no pixels")
-    if width * height > MAX_IMAGE_PIXELS:
-        raise BadImage(f"the image is {width} x {height} = {width * height} pixels; {MAX_IMAGE_PIXELS} at most: scale it down")
+    limit = min(max_image_pixels, MAX_IMAGE_PIXELS)
+    if width * height > limit:
+        raise BadImage(f"the image is {width} x {height} = {width * height} pixels; {limit} at most: scale it down")
     return image, _orientation(image)
 
 

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import epd
 from epd.errors import BadImage, BadRequest, PromptTooLong, Unsupported
 from epd.gateway.prompt import Prompter
 from epd.gateway.template import ChatTemplate
+from epd.model.config import load_model_config
 from tests.support.text import (
     CHAT_TEMPLATE,
     LANGUAGES,
@@ -116,6 +118,37 @@ def test_the_hash_tells_bytes_and_preprocessing_apart() -> None:
     assert len({same, hash_of(png(colour="blue")), hash_of(png(), max_pixels=1024), hash_of(png(), mean=(0.4, 0.5, 0.5))}) == 4
 
 
+BUNDLED = Path(epd.__file__).parent / "assets" / "tiny-vl"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "Count from 7 to 40."}],
+        [{"role": "system", "content": "x"}, {"role": "user", "content": [{"type": "image"}, text("What is in this image?")]}],
+        [
+            {"role": "user", "content": [IMAGE, IMAGE, text("?")]},
+            {"role": "assistant", "content": "a"},
+            {"role": "user", "content": "b"},
+        ],
+    ],
+)
+def test_the_bundled_models_prompts_are_those_of_transformers(messages: list[dict[str, Any]]) -> None:
+    reference = AutoTokenizer.from_pretrained(BUNDLED)
+    config = load_model_config(BUNDLED)
+    made = Prompter.from_folder(BUNDLED, config, max_model_len=config.max_position_embeddings)
+    num_images = sum(part == IMAGE for message in messages for part in message["content"])
+    files = [png(64 + 16 * index, 64) for index in range(num_images)]
+    prompt = made.chat(messages, files)
+    # The processor's way: render, repeat each placeholder by its image's tokens, tokenize.
+    rendered = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for image in prompt.images:
+        rendered = rendered.replace("<|image_pad|>", "<placeholder>" * image.item.num_tokens, 1)
+    rendered = rendered.replace("<placeholder>", "<|image_pad|>")
+    assert list(prompt.token_ids) == reference(rendered, add_special_tokens=False)["input_ids"]
+    assert len(prompt.images) == num_images
+
+
 # --- text that spells out special tokens ----------------------------------------------------------------------------
 
 
@@ -200,6 +233,13 @@ def test_an_image_that_cannot_be_read_is_named(data: bytes) -> None:
     with pytest.raises(BadImage, match="image 2 of 2: ") as caught:
         prompter().chat([{"role": "user", "content": [IMAGE, IMAGE]}], [png(), data])
     assert caught.value.param == "messages"
+
+
+def test_an_image_has_no_more_pixels_than_allowed() -> None:
+    messages = [{"role": "user", "content": [IMAGE]}]
+    assert prompter().chat(messages, [png(64, 64)], max_image_pixels=4096).images
+    with pytest.raises(BadImage, match="64 x 65 = 4160 pixels; 4096 at most"):
+        prompter().chat(messages, [png(64, 65)], max_image_pixels=4096)
 
 
 def test_a_model_without_a_template_has_no_chat() -> None:
