@@ -65,7 +65,9 @@ def test_values_without_sense_are_refused_by_name(words: list[str], reason: str)
         parse(["serve", *words])
 
 
-@pytest.mark.parametrize("words", [[], ["cook"], ["serve", "--load-format", "pickle"], ["serve", "--port", "x"], ["cluster", "--join", "a:1"]])
+@pytest.mark.parametrize(
+    "words", [[], ["cook"], ["serve", "--load-format", "pickle"], ["serve", "--port", "x"], ["cluster", "--join", "a:1"]]
+)
 def test_wrong_usage_exits_with_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         parse(words)
@@ -92,7 +94,9 @@ def test_where_a_secret_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_cluster_passes_its_options_on() -> None:
-    config = parse(["cluster", "--decode", "3", "--block-size", "32", "--allow-image-host", "a.org", "--allow-image-host", "b.org"])
+    config = parse(
+        ["cluster", "--decode", "3", "--block-size", "32", "--allow-image-host", "a.org", "--allow-image-host", "b.org"]
+    )
     assert isinstance(config, ClusterConfig)
     assert (config.num_encode, config.num_prefill, config.num_decode) == (2, 1, 3)
     passed = parse(["serve", "--roles", "decode", *config.passed_on])

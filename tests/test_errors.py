@@ -24,7 +24,9 @@ def test_an_error_is_the_same_on_the_other_side(code: str) -> None:
 def test_codes_are_not_shared_by_unrelated_errors() -> None:
     for cls in _classes():
         parent = cls.__mro__[1]
-        same = [other for other in _classes() if other.code == cls.code and not issubclass(other, cls) and not issubclass(cls, other)]
+        same = [
+            other for other in _classes() if other.code == cls.code and not issubclass(other, cls) and not issubclass(cls, other)
+        ]
         assert not same or getattr(parent, "code", None) == cls.code, (cls, same)
 
 

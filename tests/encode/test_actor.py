@@ -12,6 +12,7 @@ import pytest
 
 from epd.errors import BadImage, DeadlineExceeded, EpdError, Unavailable
 from epd.microkernel.system import System
+from epd.step import FloatArray
 from gpu.backend import open_backend
 from protocol.messages import Abort, Address, Encode, Encoded, ReleaseLease, RequestId
 from tests.support import stages
@@ -33,8 +34,8 @@ class _Bench:
         assert isinstance(answer.message, Encoded)
         return answer.message
 
-    def rows(self, encoded: Encoded) -> np.ndarray:  # type: ignore[type-arg]
-        blocks = self.stage.memory.array(np.float32, (stages.ROWS, stages.WIDTH))
+    def rows(self, encoded: Encoded) -> FloatArray:
+        blocks = self.stage.memory.array(np.float32, (stages.ROWS, stages.WIDTH)).view(np.float32)
         return blocks[list(encoded.ref.block_ids)].reshape(-1, stages.WIDTH)[: encoded.ref.num_tokens]
 
     async def idle(self) -> None:
@@ -119,7 +120,9 @@ async def test_what_nobody_waits_for_is_forgotten(how: str) -> None:
         bench.stage.runner.gate.clear()
         running_ask = asyncio.create_task(bench.encode(b"first"))
         await until(lambda: bench.stage.actor.load().num_running == 1)
-        asks = [asyncio.create_task(bench.encode(bytes([65 + number]) * 9, 2, request="gone", deadline_s=5)) for number in range(3)]
+        asks = [
+            asyncio.create_task(bench.encode(bytes([65 + number]) * 9, 2, request="gone", deadline_s=5)) for number in range(3)
+        ]
         await until(lambda: len(bench.stage.actor._images) == 4)
         match how:
             case "abort":

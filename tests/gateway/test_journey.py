@@ -9,6 +9,7 @@ import pytest
 
 from epd.errors import BadImage, DeadlineExceeded, InternalError
 from epd.gateway.journey import State
+from epd.request import GenerateRequest
 from tests.support.stages import expected_tokens, with_images
 from tests.support.systems import until
 from tests.support.world import World, together, world
@@ -20,7 +21,7 @@ PROMPT = list(range(100, 123))
 PICTURES = [b"a red one", b"a blue one"]
 
 
-def _with_pictures(made: World, max_tokens: int = 6) -> tuple[object, list[int]]:
+def _with_pictures(made: World, max_tokens: int = 6) -> tuple[GenerateRequest, list[int]]:
     request = made.request(PROMPT, max_tokens, images=PICTURES, offsets=[2, 14])
     seen = with_images(PROMPT, [image.item for image in request.images], PICTURES)
     return request, expected_tokens(seen, max_tokens)
@@ -33,9 +34,9 @@ async def test_the_tokens_are_the_same_on_every_topology(layout: dict[str, str],
         text = made.request(PROMPT, 9, seed=3)
         pictured, due = _with_pictures(made)
         again, _ = _with_pictures(made)
-        results = await together(made.run(text), made.run(pictured), made.run(again))  # type: ignore[arg-type]
+        results = await together(made.run(text), made.run(pictured), made.run(again))
         assert results == [expected_tokens(PROMPT, 9, seed=3), due, due]
-        assert await made.run(_with_pictures(made)[0]) == due  # type: ignore[arg-type]  # caches warm
+        assert await made.run(_with_pictures(made)[0]) == due  # caches warm
 
 
 async def test_in_one_process_the_table_moves_and_no_byte_does() -> None:
@@ -49,7 +50,7 @@ async def test_in_one_process_the_table_moves_and_no_byte_does() -> None:
 @pytest.mark.parametrize(("allowed", "rung"), [("auto", "mapped"), ("socket", "socket")])
 async def test_the_rung_is_the_best_that_is_allowed(allowed: str, rung: str) -> None:
     async with world(THREE, allowed=allowed) as made:
-        await made.run(_with_pictures(made)[0])  # type: ignore[arg-type]
+        await made.run(_with_pictures(made)[0])
         for stage in (made.prefill["p0"], made.decode["d0"]):
             (link,) = stage.actor.links()
             assert link.rung == rung
@@ -86,7 +87,7 @@ async def test_a_lost_worker_costs_no_token(role: str, after: int) -> None:
     async with world(MANY) as made:
         request, due = _with_pictures(made, 12)
         got: list[int] = []
-        async with aclosing(made.journey(request).tokens()) as outputs:  # type: ignore[arg-type]
+        async with aclosing(made.journey(request).tokens()) as outputs:
             if after == 0:
                 await made.lose(f"{role[0]}0")
             async for output in outputs:
@@ -102,7 +103,7 @@ async def test_a_lost_encode_worker_costs_no_image() -> None:
         for stage in made.encode.values():
             stage.runner.gate.clear()
         request, due = _with_pictures(made)
-        running = asyncio.create_task(made.run(request))  # type: ignore[arg-type]
+        running = asyncio.create_task(made.run(request))
         await until(lambda: sum(not stage.actor.is_idle() for stage in made.encode.values()) == 2)
         for stage in made.encode.values():
             stage.runner.gate.set()
@@ -127,7 +128,7 @@ async def test_an_evicted_embedding_is_encoded_again(monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(fetcher, "fetch", fetch)
         request, due = _with_pictures(made)
-        assert await made.run(request) == due  # type: ignore[arg-type]
+        assert await made.run(request) == due
         assert len(lost) == 1
 
 
@@ -200,7 +201,7 @@ async def test_the_deadline_ends_a_request_in_every_stage(stage: str, layout: di
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 5])
 async def test_whoever_leaves_leaves_nothing_behind(layout: dict[str, str], num_tokens: int) -> None:
     async with world(layout) as made:
-        journey = made.journey(_with_pictures(made, 12)[0])  # type: ignore[arg-type]
+        journey = made.journey(_with_pictures(made, 12)[0])
         outputs = journey.tokens()
         if num_tokens == 0:
             first = asyncio.ensure_future(anext(outputs))

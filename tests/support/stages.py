@@ -252,7 +252,13 @@ async def add_decode(
 
 
 async def add_encode(
-    system: System, backend: Backend, *, num_blocks: int = 16, max_patches: int = 64, lease_s: float = 20.0, clock: Clock = monotonic
+    system: System,
+    backend: Backend,
+    *,
+    num_blocks: int = 16,
+    max_patches: int = 64,
+    lease_s: float = 20.0,
+    clock: Clock = monotonic,
 ) -> EncodeStage:
     memory = backend.allocate_pool(PoolSpec(num_blocks, ROWS * WIDTH * 4, "embedding", EMBEDDING_LAYOUT))
     cache = EncoderCache(BlockPool(num_blocks), block_rows=ROWS)

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from epd.clock import Clock, monotonic
 from epd.gateway.attempt import Stages
@@ -26,6 +27,7 @@ from tests.support.stages import BLOCK_SIZE, DecodeStage, EncodeStage, PrefillSt
 from tests.support.systems import running, until
 
 LAYOUT = 99
+T = TypeVar("T")
 
 
 @dataclass
@@ -72,8 +74,11 @@ class World:
 
     @property
     def actors(self) -> list[StageActor]:
-        stages_here = [*self.encode.values(), *self.prefill.values(), *self.decode.values()]
-        return [stage.actor for stage in stages_here]
+        return [
+            *(stage.actor for stage in self.encode.values()),
+            *(stage.actor for stage in self.prefill.values()),
+            *(stage.actor for stage in self.decode.values()),
+        ]
 
     async def settle(self) -> None:
         """Wait until nothing is left anywhere, then let every owner prove itself."""
@@ -90,8 +95,9 @@ class World:
     async def lose(self, worker: str) -> None:
         """A worker dies."""
         await self.systems[worker].stop()
-        for kind in (self.encode, self.prefill, self.decode):
-            kind.pop(worker, None)  # type: ignore[attr-defined]
+        self.encode.pop(worker, None)
+        self.prefill.pop(worker, None)
+        self.decode.pop(worker, None)
         await until(lambda: not self.fleet.is_alive(self.systems[worker].worker))
 
 
@@ -107,13 +113,15 @@ async def world(
     lease_s: float = 20.0,
     clock: Clock = monotonic,
 ) -> AsyncIterator[World]:
-    """`layout`: worker -> its roles, comma-separated; "gateway" may have roles too, and shares a pool between prefill and decode."""
+    """`layout`: worker -> its roles, comma-separated. Prefill and decode of one worker share a pool; "gateway" may have roles too."""
     backend = open_backend()
     names = ["gateway", *(name for name in layout if name != "gateway")]
     try:
         async with running(*names, introduced=False) as systems:
             by_name = dict(zip(names, systems, strict=True))
-            fleet = Fleet(Placement(block_size=BLOCK_SIZE), model="m", layout=LAYOUT, block_size=BLOCK_SIZE, needs_encode=True, clock=clock)
+            fleet = Fleet(
+                Placement(block_size=BLOCK_SIZE), model="m", layout=LAYOUT, block_size=BLOCK_SIZE, needs_encode=True, clock=clock
+            )
             router = TokenRouter()
             await by_name["gateway"].register("directory", fleet)
             await by_name["gateway"].register("tokens", router)
@@ -175,11 +183,11 @@ async def _add_worker(made: World, backend: Backend, name: str, roles: list[str]
     system.introduce(made.gateway.endpoint)
     directory = Address(made.gateway.worker, "directory")
     await system.ask(directory, join, timeout_s=5.0)
-    loads = [kind[name].actor.load() for kind in (made.encode, made.prefill, made.decode) if name in kind]  # type: ignore[index]
-    await system.tell(directory, ReportLoad(system.worker, tuple(loads), ()))
+    loads = tuple(actor.load() for actor in made.actors if actor.address.worker == system.worker)
+    await system.tell(directory, ReportLoad(system.worker, loads, ()))
 
 
-async def together(*work: object) -> list[object]:
+async def together(*work: Awaitable[T]) -> list[T]:
     """Run coroutines side by side, bounded."""
     async with asyncio.timeout(30):
-        return list(await asyncio.gather(*work))  # type: ignore[arg-type]
+        return list(await asyncio.gather(*work))
