@@ -5,6 +5,7 @@ Whole blocks are moved by `gpu.copy`, which checks its rows before it hands addr
 
 from __future__ import annotations
 
+from gpu.kernels.chunk_attention import chunk_attention
 from gpu.kernels.compiler import warm_up
 from gpu.kernels.gather_kv import gather_kv
 from gpu.kernels.norm import add_rms_norm, rms_norm
@@ -15,6 +16,7 @@ from gpu.kernels.store_kv import store_kv
 
 __all__ = [
     "add_rms_norm",
+    "chunk_attention",
     "gather_kv",
     "paged_attention",
     "rms_norm",

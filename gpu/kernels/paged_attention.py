@@ -1,14 +1,15 @@
 """paged_attention: one query per sequence over the keys and values in that sequence's blocks.
 
 One pass over the blocks with a running maximum and sum (online softmax: Milakov & Gimelshein 2018; over pages: vLLM's
-PagedAttention, Kwon et al. 2023). The queries of a group share one pass over their KV head's blocks. A block holds all KV heads of
-a layer side by side, so blocks are the outer loop and heads the inner one: memory is read in long runs, and while one tile (the
-keys and values of one head in one block) is worked on, the next is on its way to the second-level cache.
+PagedAttention, Kwon et al. 2023). The queries of a group share one pass over their KV head's blocks. A block holds all KV heads
+of a layer side by side, so blocks are the outer loop and heads the inner one: memory is read in long runs, and while one tile
+(the keys and values of one head in one block) is worked on, the next is on its way to the second-level cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def _parts(num_seqs: int, num_kv_heads: int, num_threads: int) -> list[tuple[int
     """(first_seq, last_seq, first_head, last_head): several per thread, since contexts differ in length."""
     slices = min(num_kv_heads, max(1, -(-2 * num_threads // num_seqs))) if num_seqs > 1 else min(num_kv_heads, num_threads)
     cuts = [num_kv_heads * i // slices for i in range(slices + 1)]
-    return [(seq, seq + 1, first, last) for seq in range(num_seqs) for first, last in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [(seq, seq + 1, first, last) for seq in range(num_seqs) for first, last in pairwise(cuts)]
 
 
 @emitted

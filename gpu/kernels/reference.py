@@ -54,6 +54,14 @@ def paged_attention(
             out[seq, head] = weights / weights.sum() @ v[head // group]
 
 
+def chunk_attention(q: Float, kv_pool: Float, layer: int, block_table: Ints, context_len: int, scale: float, out: Float) -> None:
+    """Each query is a sequence of its own that ends with it."""
+    num_tokens = len(q)
+    tables = np.broadcast_to(block_table, (num_tokens, len(block_table)))
+    lens = np.arange(context_len - num_tokens + 1, context_len + 1, dtype=np.int32)
+    paged_attention(q, kv_pool, layer, tables, lens, scale, out)
+
+
 def rms_norm(x: Float, weight: Float, eps: float, out: Float) -> None:
     wide = x.astype(np.float64)
     out[:] = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + eps) * weight
