@@ -171,6 +171,9 @@ class EncoderCache:
             self._end(lease_id)
         return expired
 
+    def has_lease(self, lease_id: int) -> bool:
+        return lease_id in self._leases
+
     def owns(self, lease_id: int, block_ids: Sequence[int]) -> bool:
         """Whether the lease still stands and holds all of these blocks."""
         return self._pool.owns(lease_id, block_ids)

@@ -32,7 +32,7 @@ from protocol.messages import Abort, Decode, Finished, Handoff, LinkLoad, Preemp
 
 
 class DecodeActor(StageActor):
-    """One per decode worker. `shares_pool`: prefill runs in this process on the same pool, so tables move instead of bytes."""
+    """One per decode worker. `shares_pool`: prefill runs in this process on the same pool; from there tables move, not bytes."""
 
     role = "decode"
 
@@ -90,7 +90,7 @@ class DecodeActor(StageActor):
             arrived_at=now,
         )
         entry = Entry(request, message, reply, position_shift=mrope_next(0, message.items, self._merge_size))
-        if self._shares_pool:
+        if self._shares_pool and message.prefill.worker == self.address.worker:
             entry.reserved_at = now
             entry.pull = self.spawn(self._adopt(entry), name=f"adopt {request.request_id}")
         else:
@@ -166,8 +166,7 @@ class DecodeActor(StageActor):
     # --- steps ------------------------------------------------------------------------------------------------------
 
     async def step(self) -> bool:
-        if not self._shares_pool:
-            self._reserve()
+        self._reserve()
         plan = self._scheduler.plan()
         for victim in plan.preempted:
             self._give_way(self._entries[victim.request_id])

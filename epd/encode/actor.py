@@ -61,6 +61,7 @@ class EncodeActor(StageActor):
         self._lease_s = lease_s
         self._images: dict[str, bytes | memoryview] = {}  # of queued and running jobs, by mm_hash
         self._replies: dict[Waiter, list[tuple[Reply, float]]] = {}  # and when each was asked
+        self._leases: dict[RequestId, list[tuple[int, int]]] = {}  # (epoch, lease) of handles given out; ended ones are swept
         self._running: asyncio.Task[None] | None = None
 
     # --- messages ---------------------------------------------------------------------------------------------------
@@ -71,6 +72,7 @@ class EncodeActor(StageActor):
                 self._add(message, mail)
             case Abort(request_id=request_id, epoch=epoch):
                 self._abort(request_id, epoch)
+                self._release_leases(request_id, epoch)
             case _:
                 if not self._sender.handle(mail):
                     raise unexpected(self, mail)
@@ -81,7 +83,7 @@ class EncodeActor(StageActor):
         item, now = message.item, self.clock()
         embedding = self._cache.get(item.mm_hash)
         if embedding is not None:
-            mail.reply.send(self._encoded(message.request_id, embedding, (), cached=True))
+            mail.reply.send(self._encoded(message.request_id, message.epoch, embedding, (), cached=True))
             return
         if len(mail.buffers) != 1:
             raise InternalError(f"an image came in {len(mail.buffers)} buffers")
@@ -169,16 +171,20 @@ class EncodeActor(StageActor):
                     Span("encode", started - asked, now - asked),
                 )
                 if not reply.cancelled:
-                    reply.send(self._encoded(waiter.request_id, embedding, spans, cached=False))
+                    reply.send(self._encoded(waiter.request_id, waiter.epoch, embedding, spans, cached=False))
 
-    def _encoded(self, request_id: RequestId, embedding: Embedding, spans: tuple[Span, ...], *, cached: bool) -> Encoded:
+    def _encoded(
+        self, request_id: RequestId, epoch: int, embedding: Embedding, spans: tuple[Span, ...], *, cached: bool
+    ) -> Encoded:
         """Every handle has a lease of its own: whoever gets it may fetch until it is released or expires."""
         pool = self._sender.pool
+        lease_id = self._cache.lease(embedding.mm_hash, self.clock() + self._lease_s)
+        self._leases.setdefault(request_id, []).append((epoch, lease_id))
         ref = EmbeddingRef(
             worker=pool.worker,
             generation=pool.generation,
             layout=pool.layout,
-            lease_id=self._cache.lease(embedding.mm_hash, self.clock() + self._lease_s),
+            lease_id=lease_id,
             lease_s=self._lease_s,
             mm_hash=embedding.mm_hash,
             num_tokens=embedding.num_tokens,
@@ -198,6 +204,20 @@ class EncodeActor(StageActor):
             self._replies.pop(waiter, None)
         self._drop_images()
 
+    def _release_leases(self, request_id: RequestId, epoch: int) -> None:
+        """The request has ended: an answer that crossed its cancellation gave a lease to nobody."""
+        for lease_epoch, lease_id in self._leases.get(request_id, ()):
+            if lease_epoch <= epoch:
+                self._cache.release(lease_id)
+        self.wake()
+
+    def _forget_ended_leases(self) -> None:
+        standing = {
+            request_id: [(epoch, lease_id) for epoch, lease_id in leases if self._cache.has_lease(lease_id)]
+            for request_id, leases in self._leases.items()
+        }
+        self._leases = {request_id: leases for request_id, leases in standing.items() if leases}
+
     def _drop_images(self) -> None:
         """Forget the files of images that nobody waits for any more."""
         for mm_hash in [mm_hash for mm_hash in self._images if not self._batcher.has(mm_hash)]:
@@ -209,6 +229,7 @@ class EncodeActor(StageActor):
                 reply.fail(DeadlineExceeded("the request ran out of time in encode"))
         self._drop_images()
         self._cache.expire(now)
+        self._forget_ended_leases()
 
     async def stopped(self) -> None:
         self._runner.close()

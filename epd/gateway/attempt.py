@@ -96,6 +96,9 @@ class Attempt:
         self._deadline = stages.clock() + timeout_s
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
+        self._provides: list[asyncio.Task[None]] = []  # of these, those that bring an image to prefill
+        self._encoders: set[WorkerId] = set()  # who was asked to encode
+        self._num_delivered = 0  # images that prefill has taken
         self._timer: asyncio.TimerHandle | None = None
         self._is_finished = False
 
@@ -109,7 +112,7 @@ class Attempt:
         if self._request.sampling.max_tokens - self._num_output > 1:
             self._begin(self._decode(), suspect=self._placed.decode.worker)
         for index in range(len(self._request.images)):
-            self._begin(self._provide(index), suspect=None)
+            self._provides.append(self._begin(self._provide(index), suspect=None))
         return self
 
     async def next_event(self) -> Event:
@@ -131,7 +134,10 @@ class Attempt:
         await asyncio.wait(self._tasks)
         # A choice that decode finished is known to every stage. All other ends are news to prefill, decode or both.
         if not self._is_finished or kind is not None:
-            await self._abort()
+            await self._abort(self._at("prefill"), self._at("decode"))
+        # Whoever encoded what nobody fetched may have answered into the void, with a lease.
+        if self._num_delivered < len(self._request.images):
+            await self._abort(*(Address(worker, "encode") for worker in sorted(self._encoders)))
 
     # --- the asks ---------------------------------------------------------------------------------------------------
 
@@ -150,6 +156,8 @@ class Attempt:
         if not isinstance(answer.message, Prefilled):
             raise InternalError(f"prefill answered {type(answer.message).__name__}")
         self._placed.prefilled()
+        for task in self._provides:
+            task.cancel()  # what is not there yet was in the prefix cache, and prefill has forgotten the request
         prefilled = answer.message
         self._events.put_nowait(OutputToken(self._num_output, prefilled.token, prefilled.num_cached_tokens))
         self._events.put_nowait(prefilled.spans)
@@ -197,6 +205,7 @@ class Attempt:
         image = self._request.images[index]
         message = Encode(request_id=self._request_id, epoch=self._epoch, item=image.item, deadline_s=self._time_left())
         to = Address(encoder.worker, "encode")
+        self._encoders.add(encoder.worker)
         answer = await self._stages.system.ask(to, message, (image.data,), timeout_s=message.deadline_s)
         if not isinstance(answer.message, Encoded):
             raise InternalError(f"encode answered {type(answer.message).__name__}")
@@ -210,6 +219,7 @@ class Attempt:
         answer = await self._stages.system.ask(self._at("prefill"), message, timeout_s=self._time_left())
         if not isinstance(answer.message, EmbeddingTaken):
             raise InternalError(f"prefill answered {type(answer.message).__name__}")
+        self._num_delivered += 1
 
     def _may_encode_again(self, error: Exception) -> bool:
         """Encoding again helps when an encode worker or its handle is at fault, and not when prefill has gone."""
@@ -217,7 +227,7 @@ class Attempt:
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
-    def _begin(self, work: Coroutine[None, None, None], *, suspect: WorkerId | None) -> None:
+    def _begin(self, work: Coroutine[None, None, None], *, suspect: WorkerId | None) -> asyncio.Task[None]:
         async def guarded() -> None:
             try:
                 await work
@@ -227,15 +237,16 @@ class Attempt:
                 self._events.put_nowait(error)
 
         self._tasks.append(asyncio.create_task(guarded(), name=f"attempt {self._request_id}#{self._epoch}"))
+        return self._tasks[-1]
 
     def _on_token(self, index: int, token: Token) -> None:
         self._events.put_nowait(OutputToken(index, token))
 
-    async def _abort(self) -> None:
+    async def _abort(self, *stages: Address) -> None:
         message = Abort(request_id=self._request_id, epoch=self._epoch)
-        for role in ("prefill", "decode"):
+        for stage in stages:
             try:
-                await self._stages.system.tell(self._at(role), message, timeout_s=ABORT_TIMEOUT_S)
+                await self._stages.system.tell(stage, message, timeout_s=ABORT_TIMEOUT_S)
             except EpdError:
                 continue  # that worker is gone, and what it held with it
 
