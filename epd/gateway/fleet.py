@@ -40,6 +40,7 @@ class Member:
     join: Join
     joined_at: float
     stages: tuple[StageLoad, ...]
+    unwatch: Callable[[], object]
     links: tuple[LinkLoad, ...] = ()
     is_draining: bool = False
     reported_at: float = field(default=0.0)
@@ -96,6 +97,10 @@ class Fleet(Actor):
         self._members: dict[WorkerId, Member] = {}
         self._changed = asyncio.Event()
 
+    async def stopped(self) -> None:
+        for member in self._members.values():
+            member.unwatch()
+
     # --- membership -------------------------------------------------------------------------------------------------
 
     async def receive(self, mail: Mail) -> None:
@@ -119,10 +124,14 @@ class Fleet(Actor):
             )
         now = self._clock()
         loads = tuple(StageLoad(role) for role in join.roles)
-        self._members[worker] = Member(join, now, loads, reported_at=now)
+        known = self._members.get(worker)
+        if known is not None:
+            known.unwatch()
+        unwatch: Callable[[], object] = _nothing
         if worker != self.address.worker:
             self.system.introduce(join.endpoint)
-            self.system.watch(worker, lambda lost: self._remove(lost, "its link is lost"))
+            unwatch = self.system.watch(worker, lambda lost: self._remove(lost, "its link is lost"))
+        self._members[worker] = Member(join, now, loads, unwatch, reported_at=now)
         _log.info("worker joined", worker=worker, roles=",".join(join.roles))
         self._members_changed()
 
@@ -135,7 +144,9 @@ class Fleet(Actor):
         self._members_changed()
 
     def _remove(self, worker: WorkerId, reason: str) -> None:
-        if self._members.pop(worker, None) is not None:
+        member = self._members.pop(worker, None)
+        if member is not None:
+            member.unwatch()
             _log.info("worker is gone", worker=worker, reason=reason)
             self._placement.forget(worker)
             self._members_changed()
@@ -225,6 +236,10 @@ class Fleet(Actor):
 
     def check_integrity(self) -> None:
         self._placement.check_integrity()
+
+
+def _nothing() -> None:
+    """A worker of this process is not watched: it goes with us."""
 
 
 def _describe(member: Member, now: float) -> dict[str, object]:
