@@ -251,18 +251,15 @@ def _chunk_attention(
     group = q.shape[1] // num_kv_heads
     tile_tokens = max(1, _MAX_COLUMNS // group)
     max_width = (tile_tokens * group + _PANEL - 1) // _PANEL * _PANEL
-    memory = np.empty((2 * head_dim + block_size) * max_width, np.float32)
     highest, total, shrink = np.empty(max_width, np.float32), np.empty(max_width, np.float32), np.empty(max_width, np.float32)
     for kv_head in range(first_head, last_head):
         for tile_start in range(first_token, last_token, tile_tokens):
             num_queries = min(tile_tokens, last_token - tile_start)
             num_columns = num_queries * group
             width = (num_columns + _PANEL - 1) // _PANEL * _PANEL
-            queries = memory[: head_dim * width].reshape(head_dim, width)
-            sums = memory[head_dim * width : 2 * head_dim * width].reshape(head_dim, width)
-            weights = memory[2 * head_dim * width : (2 * head_dim + block_size) * width].reshape(block_size, width)
+            queries, sums = np.empty((head_dim, width), np.float32), np.zeros((head_dim, width), np.float32)
+            weights = np.empty((block_size, width), np.float32)
             _turn_queries(q, tile_start, kv_head * group, group, num_columns, scale, queries)
-            sums[:, :] = _ZERO
             total[:] = _ZERO
             highest[:] = -np.inf
             position = context_len - q.shape[0] + tile_start  # of the tile's first query

@@ -7,7 +7,7 @@ thread. Those who want more than one core split a call's work over a `gpu.team.T
 
 The machine code is cached by numba: in NUMBA_CACHE_DIR if set, else beside the source, else (an installation that is read-only)
 in the user's cache folder, keyed by source and processor. Processes that start together take turns under a lock, so that the
-first compiles and the others load. No file is made for the lock: it is taken on this source file.
+first compiles and the others load. No file is made for the lock: it is taken on the kernel's source file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What float32 sums may have done to them so that they vectorise. Infinities and NaN keep their meaning.
+# What float32 sums may have done to them so that they vectorise. Infinities keep their meaning.
 _FLOAT_RULES = {"reassoc", "contract", "arcp", "nsz"}
 
 _kernels: list[Kernel[..., Any]] = []
@@ -51,13 +51,18 @@ class Kernel(Generic[P, R]):
     def is_compiled(self) -> bool:
         return self._dispatcher is not None
 
-    def compile(self) -> None:
-        """Compile, or load what an earlier run compiled. Safe to call from several threads and processes."""
+    def compile(self, *, wait: bool = True) -> bool:
+        """Compile, or load what an earlier run compiled. Safe to call from several threads and processes.
+
+        Without `wait`, leave it and answer False while another process is at the same source file.
+        """
         with _compiling:
             if self._dispatcher is not None:
-                return
-            with _one_process_at_a_time():
-                self._dispatcher, self.was_cached = _compiled(self._function, self._signature)
+                return True
+            with _alone(self._function.__code__.co_filename, wait=wait) as is_alone:
+                if is_alone:
+                    self._dispatcher, self.was_cached = _compiled(self._function, self._signature)
+                return is_alone
 
 
 def kernel(signature: str) -> Callable[[Callable[P, R]], Kernel[P, R]]:
@@ -82,13 +87,19 @@ def emitted(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Compile or load every kernel that has been imported. `progress(name, done, total)` is called before each and at the end."""
-    for done, each in enumerate(_kernels):
-        if progress is not None:
-            progress(each.name, done, len(_kernels))
-        each.compile()
+    """Compile or load every kernel that has been imported. `progress(name, done, total)` is called before each and at the end.
+
+    Processes that do this at the same time share the work: what another is compiling is left for last.
+    """
+    total, left = len(_kernels), list(_kernels)
+    for wait in (False, True):
+        for each in list(left):
+            if progress is not None:
+                progress(each.name, total - len(left), total)
+            if each.compile(wait=wait):
+                left.remove(each)
     if progress is not None:
-        progress("", len(_kernels), len(_kernels))
+        progress("", total, total)
 
 
 def declared() -> Sequence[Kernel[..., Any]]:
@@ -108,13 +119,17 @@ def _compiled(function: Callable[P, R], signature: str) -> tuple[Callable[P, R],
 
 
 @contextmanager
-def _one_process_at_a_time() -> Iterator[None]:
-    descriptor = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
+def _alone(source_file: str, *, wait: bool) -> Iterator[bool]:
+    """Whether no other process compiles kernels of this file meanwhile."""
+    descriptor = os.open(source_file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
         except OSError:  # a file system without locks: the cache stays whole, work may be done twice
             pass
-        yield
+        yield True
     finally:
         os.close(descriptor)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -41,10 +42,25 @@ def test_types_that_were_not_declared_are_refused_not_compiled() -> None:
 def test_warm_up_says_what_it_does_and_leaves_nothing_to_do() -> None:
     calls: list[tuple[str, int, int]] = []
     warm_up(lambda name, done, total: calls.append((name, done, total)))
-    assert [done for _, done, _ in calls] == list(range(len(calls)))
-    assert {total for _, _, total in calls} == {len(calls) - 1}
-    assert "paged_attention" in {name for name, _, _ in calls}
+    dones = [done for _, done, _ in calls]
+    assert dones == sorted(dones)
+    assert calls[-1] == ("", len(declared()), len(declared()))
+    assert {each.name for each in declared()} <= {name for name, _, _ in calls}
     assert all(isinstance(each, Kernel) and each.is_compiled for each in declared())
+
+
+def test_a_kernel_that_another_process_compiles_is_left_for_later() -> None:
+    def second(array: npt.NDArray[np.float32]) -> np.float32:
+        value: np.float32 = array[1]
+        return value
+
+    second_of = Kernel(second, "float32(float32[::1])")
+    with open(__file__) as source:
+        fcntl.flock(source, fcntl.LOCK_EX)  # as another process would: a lock belongs to an open file
+        assert not second_of.compile(wait=False)
+        assert not second_of.is_compiled
+    assert second_of.compile(wait=False)
+    assert second_of(np.arange(4, dtype=np.float32)) == 1
 
 
 class TestCache:
