@@ -105,8 +105,7 @@ class Link(asyncio.BufferedProtocol):
         self, actor: str, message: Message, buffers: Sequence[Buffer], into: Sequence[memoryview] | None
     ) -> tuple[int, asyncio.Future[Answer]]:
         """The future gets the Answer or PeerLost. A Failed answer is an Answer here."""
-        if not self.is_open:
-            raise self._lost()
+        self._check_room()
         try:
             ask_id = self._connection.send_ask(actor, message, buffers, into=into)
         except MessageTooLarge as error:
@@ -125,7 +124,7 @@ class Link(asyncio.BufferedProtocol):
     def open_stream(
         self, actor: str, message: Message, buffers: Sequence[Buffer], items: ItemStream, *, window: int
     ) -> _RemoteSource:
-        self._check_open()
+        self._check_room()
         try:
             stream_id = self._connection.send_stream(actor, message, buffers, window=window)
         except MessageTooLarge as error:
@@ -377,10 +376,12 @@ class Link(asyncio.BufferedProtocol):
 
     def _check_open(self) -> None:
         if not self.is_open:
-            raise self._lost()
+            raise PeerLost(f"the link to {self.peer!r} is lost")
 
-    def _lost(self) -> PeerLost:
-        return PeerLost(f"the link to {self.peer!r} is lost")
+    def _check_room(self) -> None:
+        self._check_open()
+        if not self._connection.has_ask_room:
+            raise Overloaded(f"too many unfinished asks on the link to {self.peer!r}")
 
 
 class _RemoteWay:

@@ -17,18 +17,13 @@ from protocol.handshake import hello_id
 from protocol.messages import Address, Endpoint, ReleaseLease, WorkerId
 from tests.support.systems import TOKEN, WAIT_S, Echo, Recorder, at, idle, running, until
 
-
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-def with_address(endpoint: Endpoint, *, worker: str = "", port: int = 0, unix_path: str = "") -> Endpoint:
-    return Endpoint(
-        WorkerId(worker or endpoint.worker),
-        endpoint.host,
-        port or endpoint.port,
-        unix_path or endpoint.unix_path,
-        endpoint.host_id,
-    )
+def with_address(endpoint: Endpoint, *, worker: str = "", unix_path: str = "") -> Endpoint:
+    """The same place under another name, or with another Unix socket."""
+    name = WorkerId(worker or endpoint.worker)
+    return Endpoint(name, endpoint.host, endpoint.port, unix_path or endpoint.unix_path, endpoint.host_id)
 
 
 @contextlib.asynccontextmanager
