@@ -140,6 +140,16 @@ class ClusterMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         self.cluster.abort(data.draw(st.sampled_from(self.open_jobs())))
 
+    def jobs_in_flight(self) -> list[Job]:
+        chunks = [chunk.request.request_id for plan, _ in self.cluster.prefill_steps for chunk in plan.chunks]
+        steps = [step.request.request_id for step in self.cluster.decode_step[0].steps] if self.cluster.decode_step else []
+        return [job for job in self.open_jobs() if job.request_id in (*chunks, *steps)]
+
+    @precondition(lambda self: self.jobs_in_flight())
+    @rule(data=st.data())
+    def abort_in_flight(self, data: st.DataObject) -> None:
+        self.cluster.abort(data.draw(st.sampled_from(self.jobs_in_flight())))
+
     @precondition(lambda self: self.open_jobs() and self.cluster.num_retries < 3)
     @rule(data=st.data())
     def retry(self, data: st.DataObject) -> None:

@@ -8,6 +8,7 @@ rubbish.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -290,6 +291,18 @@ class Cluster:
         else:
             self.prefill_pool.check_integrity(self.prefill.tables())
             self.decode_pool.check_integrity(self.decode.tables())
+        for plan, _ in self.prefill_steps:
+            for chunk in plan.chunks:
+                self._check_writer(self.prefill.tables(), chunk.request.block_table, chunk.start, chunk.end)
+        for step in self.decode_step[0].steps if self.decode_step is not None else ():
+            self._check_writer(self.decode.tables(), step.request.block_table, step.position, step.position + 1)
+
+    def _check_writer(self, tables: list[Sequence[int]], own: Sequence[int], start: int, end: int) -> None:
+        """What a step in flight writes to is held by its request alone, also when the request has been aborted."""
+        if self.sizes.is_shared:
+            tables = [*self.prefill.tables(), *self.decode.tables()]
+        for block_id in {own[place // self.sizes.block_size] for place in range(start, end)}:
+            assert sum(block_id in table for table in tables) == 1
 
     def finish(self) -> None:
         """Let everything that is left run to its end, and compare. Each round makes one move of every kind."""
