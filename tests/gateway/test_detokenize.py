@@ -177,6 +177,15 @@ def test_the_stop_string_that_is_complete_first_wins() -> None:
     assert "".join(piece.text for piece in run(token_ids, ["abcd", "c"])) == "xab"
 
 
+def test_of_several_stop_strings_in_one_token_the_one_that_is_complete_first_wins() -> None:
+    words = [(index, tokenizer().token_bytes(index)) for index in range(NUM_IDS)]
+    long = [(index, word.decode()) for index, word in words if len(word) >= 5 and word.isascii() and len(set(word)) == len(word)]
+    assert long
+    for index, word in long:
+        for stops in ([word[1:5], word[3]], [word[3], word[1:5]]):
+            assert [piece.text for piece in run([index], stops)] == [word[:3]]
+
+
 def test_logprobs_come_with_text_and_spell_out_tokens() -> None:
     e_acute = [BYTE_IDS[byte] for byte in "é".encode()]
     detokenizer = Detokenizer(tokenizer(), request(num_logprobs=1))

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import epd
 from epd.errors import BadImage, BadRequest, PromptTooLong, Unsupported
 from epd.gateway.prompt import Prompter
 from epd.gateway.template import ChatTemplate
+from epd.gateway.tokenizer import Tokenizer
 from epd.model.config import load_model_config
 from tests.support.text import (
     CHAT_TEMPLATE,
@@ -203,6 +205,17 @@ def test_no_text_whatever_makes_a_special_token(parts: list[str], turns: list[st
     prompt = prompter().chat(messages)
     assert specials(prompt.token_ids) == specials(prompter().chat(clean).token_ids)
     assert "".join(parts) in tokenizer().decode(prompt.token_ids)
+
+
+def test_special_tokens_that_share_letters_stay_text() -> None:
+    raw = RawTokenizer.from_str(raw_tokenizer().to_str())
+    raw.add_special_tokens(["|x|"])
+    made = Prompter(
+        tokenizer=Tokenizer(raw), template=ChatTemplate("{{ messages[0].content }}"), config=model_config(), max_model_len=64
+    )
+    prompt = made.chat([{"role": "user", "content": "a|x|x|x|x|b"}])
+    assert made.tokenizer.decode(prompt.token_ids) == "a|x|x|x|x|b"
+    assert not any(made.tokenizer.is_special(token_id) for token_id in prompt.token_ids)
 
 
 def test_marks_do_not_show_in_the_prompt() -> None:
