@@ -183,37 +183,39 @@ class BlockPool:
             raise InternalError("block pool: " + "; ".join(wrong))
 
     def _wrong_places(self) -> Iterable[str]:
-        free, evictable = set(self._free), set(self._evictable)
+        free, evictable = set(self._free), self._evictable.keys()
+        held = {block_id for block_id, refs in enumerate(self._refs) if refs}
         if len(free) != len(self._free):
             yield "a block is free twice"
-        if free & evictable:
-            yield f"free and evictable at once: {sorted(free & evictable)}"
-        for block_id, refs in enumerate(self._refs):
-            place = (block_id in free) + (block_id in evictable) + (refs > 0)
-            if refs < 0 or place != 1:
-                yield f"block {block_id} has {refs} references and is in {place} places"
+        if free & evictable or free & held or evictable & held:
+            yield f"in two places: {sorted(free & evictable | free & held | evictable & held)}"
+        if len(free) + len(evictable) + len(held) < self.num_blocks:
+            yield f"lost: {sorted(set(range(self.num_blocks)) - free - evictable - held)}"
+        if held and min(self._refs) < 0:
+            yield "a block has fewer than no references"
 
     def _wrong_hashes(self) -> Iterable[str]:
-        published = {block_hash: block_id for block_id, block_hash in enumerate(self._hashes) if block_hash is not None}
-        if published != self._cached:
+        num_published = self.num_blocks - self._hashes.count(None)
+        if num_published != len(self._cached) or any(self._hashes[block_id] != name for name, block_id in self._cached.items()):
             yield "published hashes and blocks disagree"
-        for block_id in self._free:
-            if self._hashes[block_id] is not None:
-                yield f"free block {block_id} is published"
-        for block_id in self._evictable:
-            if self._hashes[block_id] is None:
-                yield f"evictable block {block_id} is not published"
+        if any(self._hashes[block_id] is None for block_id in self._evictable):
+            yield "an evictable block is not published"
+        if any(self._hashes[block_id] is not None for block_id in self._free):
+            yield "a free block is published"
 
     def _wrong_counts(self, tables: Iterable[Sequence[int]] | None) -> Iterable[str]:
         leased = Counter(block_id for table in self._leases.tables() for block_id in table)
+        for block_id, num_leases in leased.items():
+            if self._refs[block_id] < num_leases:
+                yield f"block {block_id} has {self._refs[block_id]} references, its leases alone {num_leases}"
+        if tables is None:
+            return
         held = Counter(leased)
-        for table in tables or ():
+        for table in tables:
             held.update(table)
         for block_id, refs in enumerate(self._refs):
-            if tables is not None and refs != held[block_id]:
+            if refs != held.get(block_id, 0):
                 yield f"block {block_id} has {refs} references, its holders {held[block_id]}"
-            elif refs < leased[block_id]:
-                yield f"block {block_id} has {refs} references, its leases alone {leased[block_id]}"
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
