@@ -24,7 +24,7 @@ Bytes = npt.NDArray[np.uint8]
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module
 _EAGER_BYTES = 16 << 20
-_TOUCH_STEP_BYTES = 4 << 20
+_TOUCH_STEP_BYTES = 64 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -52,9 +52,10 @@ class SharedMemory:
             raise
         self._stop_touching = threading.Event()
         self._toucher: threading.Thread | None = None
-        self._touch(0, min(size, _EAGER_BYTES))
+        _touch(self.bytes[:_EAGER_BYTES])
         if size > _EAGER_BYTES:
-            self._toucher = threading.Thread(target=self._touch_rest, name=f"touch-{name}", daemon=True)
+            arguments = (self.bytes[_EAGER_BYTES:], self._stop_touching)
+            self._toucher = threading.Thread(target=_touch_all, args=arguments, name=f"touch-{name}", daemon=True)
             self._toucher.start()
 
     def wait_touched(self) -> None:
@@ -66,21 +67,10 @@ class SharedMemory:
         """Give up the descriptor. The pages go when the last array over them has gone, here and in other processes."""
         if self.fd < 0:
             return
-        self._stop_touching.set()
-        self.wait_touched()
+        self._stop_touching.set()  # not waited for: of so low a priority it may take long to hear
         os.close(self.fd)
         self.fd = -1
         self.bytes = self.bytes[:0].copy()
-
-    def _touch_rest(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        for start in range(_EAGER_BYTES, self.size, _TOUCH_STEP_BYTES):
-            if self._stop_touching.is_set() or not self._touch(start, min(self.size, start + _TOUCH_STEP_BYTES)):
-                return
-
-    def _touch(self, start: int, end: int) -> bool:
-        """Have the pages of [start, end) made. A kernel too old for it says no, and pages are then made on first use."""
-        return bool(_libc.madvise(self.bytes.ctypes.data + start, end - start, _MADV_POPULATE_WRITE) == 0)
 
 
 def map_shared(pid: int, fd: int, inode: int, size: int) -> Bytes:
@@ -148,3 +138,16 @@ def _map(fd: int, size: int, *, writable: bool) -> Bytes:
     except OSError:  # a kernel built without them
         pass
     return np.frombuffer(mapping, dtype=np.uint8)
+
+
+def _touch_all(memory: Bytes, stop: threading.Event) -> None:
+    """In steps so long that this thread, which may be kept waiting at any point, seldom holds the interpreter's lock."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    for start in range(0, len(memory), _TOUCH_STEP_BYTES):
+        if stop.is_set() or not _touch(memory[start : start + _TOUCH_STEP_BYTES]):
+            return
+
+
+def _touch(memory: Bytes) -> bool:
+    """Have the pages made. A kernel too old for it says no, and pages are then made on first use."""
+    return bool(_libc.madvise(memory.ctypes.data, len(memory), _MADV_POPULATE_WRITE) == 0)

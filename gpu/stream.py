@@ -18,7 +18,11 @@ _Work = tuple["Future[Any]", Callable[[], Any]]
 
 
 class HostStream:
-    """Owned by whoever opened it, who closes it. `priority` is the nice value of its thread: 0 (as the process) to 19 (last)."""
+    """Owned by whoever opened it, who closes it.
+
+    `priority` is the nice value of its thread: 0 (as the process) to 19 (last). Only for work that seldom needs the interpreter's
+    lock: a thread that is kept waiting while it has the lock keeps all others waiting.
+    """
 
     def __init__(self, name: str, *, priority: int = 0) -> None:
         if not 0 <= priority <= 19:
