@@ -18,10 +18,11 @@ async def on_stream(stream: Stream, work: Callable[P, T], *args: P.args, **kwarg
     When the caller is cancelled, work that has begun is waited for: it may be reading or writing memory that the caller would
     give to somebody else next.
     """
-    future = asyncio.wrap_future(stream.submit(work, *args, **kwargs))
+    submitted = stream.submit(work, *args, **kwargs)
+    future = asyncio.wrap_future(submitted)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        if not future.cancel():
+        if not submitted.cancel():  # `future` would agree to be cancelled also while the work runs
             await asyncio.wait([future])
         raise
