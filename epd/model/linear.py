@@ -9,6 +9,10 @@ from torch import Tensor
 
 from epd.model.weights import Weights
 from gpu.kernels.matmul_rows import matmul_rows_at
+from gpu.team import Team
+
+_WORTH_SHARING = 1 << 22  # multiplications; less is done before another thread has woken up
+_PIECES_PER_THREAD = 3  # so that a thread that is held up does not hold up the others for long
 
 
 class Linear:
@@ -30,10 +34,32 @@ class Linear:
             start += len(weight)
         self._num_inputs, self._num_outputs = self._weights[0].shape[1], start
 
-    def __call__(self, x: Tensor, out: Tensor) -> None:
-        """x [n, in] -> out [n, out], float32, contiguous."""
-        x_at, out_at, num_rows = x.data_ptr(), out.data_ptr(), len(x)
-        for address, start, count in self._parts:
-            matmul_rows_at(x_at, address, out_at + 4 * start, num_rows, count, self._num_inputs, self._num_outputs)
+    def __call__(self, x: Tensor, out: Tensor, team: Team | None = None) -> None:
+        """x [n, in] -> out [n, out], float32, contiguous. The outputs are shared out over `team`; the result does not show it."""
+        x_at, out_at, num_rows, width = x.data_ptr(), out.data_ptr(), x.shape[0], self._num_inputs
+        if team is None or num_rows * width * self._num_outputs < _WORTH_SHARING:
+            for address, start, count in self._parts:
+                matmul_rows_at(x_at, address, out_at + 4 * start, num_rows, count, width, self._num_outputs)
+        else:
+            pieces = [
+                (
+                    x_at,
+                    address + 4 * width * first,
+                    out_at + 4 * (start + first),
+                    num_rows,
+                    last - first,
+                    width,
+                    self._num_outputs,
+                )
+                for address, start, count in self._parts
+                for first, last in _split(count, _PIECES_PER_THREAD * team.num_threads)
+            ]
+            team.run(matmul_rows_at, pieces)
         if self._bias is not None:
             out += self._bias
+
+
+def _split(count: int, num_pieces: int) -> list[tuple[int, int]]:
+    """[0, count) in about equal pieces of whole kernel tiles."""
+    step = max(48, -(-count // num_pieces // 48) * 48)
+    return [(first, min(first + step, count)) for first in range(0, count, step)]

@@ -25,6 +25,7 @@ from epd.model.weights import Weights
 from epd.step import EncodeOutput, ImageInput, StepOutput, StepPlan
 from gpu.backend import Backend
 from gpu.pool import Pool
+from gpu.team import Team
 from protocol.messages import Token
 
 FloatArray = npt.NDArray[np.float32]
@@ -51,6 +52,7 @@ class TextModelRunner:
         self._block_size = block_size
         self._buffers = Buffers(config.text)
         self._threads = _Threads(num_threads)
+        self._team = Team(num_threads) if num_threads > 1 else None
 
     def execute(self, plan: StepPlan) -> StepOutput:
         started = time.perf_counter()
@@ -66,13 +68,15 @@ class TextModelRunner:
         return self._forward(plan)[0]
 
     def close(self) -> None:
-        """Let go of the pool's memory and the buffers."""
+        """Let go of the pool's memory, the buffers and the threads."""
         del self._kv, self._buffers
+        if self._team:
+            self._team.close()
 
     def _forward(self, plan: StepPlan) -> tuple[FloatArray, Sequence[int]]:
         self._threads.apply()
         batch = make_batch(plan, self._block_size)
-        return self.model.forward(batch, self._kv, self._buffers), batch.sampled
+        return self.model.forward(batch, self._kv, self._buffers, self._team), batch.sampled
 
 
 class VisionModelRunner:

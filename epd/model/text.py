@@ -11,19 +11,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from epd.model.batch import Batch, Chunk
+from epd.model.batch import Batch
 from epd.model.config import ModelConfig, TextConfig
 from epd.model.linear import Linear
 from epd.model.rope import RopeTable
 from epd.model.weights import Weights, text_prefix
-from gpu.kernels.gather_kv import gather_kv
+from gpu.kernels.chunk_attention import chunk_attention
 from gpu.kernels.norm import add_rms_norm, rms_norm
 from gpu.kernels.paged_attention import paged_attention
 from gpu.kernels.rope_store import rope_store
 from gpu.kernels.silu_mul import silu_mul
+from gpu.team import Team
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -43,7 +43,7 @@ class TextModel:
         self._scale = text.head_dim**-0.5
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv_pool: FloatArray, buffers: Buffers) -> FloatArray:
+    def forward(self, batch: Batch, kv_pool: FloatArray, buffers: Buffers, team: Team | None = None) -> FloatArray:
         """Logits [num_sampled, vocab_size] of `batch.sampled_rows`, valid until the next call with these buffers.
 
         Writes the KV of all tokens into kv_pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
@@ -58,12 +58,12 @@ class TextModel:
         last = len(self._layers) - 1
         rms_norm(rows.x_array, self._layers[0].input_norm, eps, rows.normed_array)
         for i, layer in enumerate(self._layers):
-            layer.qkv(rows.normed, rows.qkv)
+            layer.qkv(rows.normed, rows.qkv, team)
             rope_store(rows.qkv_array, layer.q_norm, layer.k_norm, eps, cosine, sine, kv_pool, i, batch.slots, rows.q_array)
             if i == last:
                 break
-            self._attend(batch, i, kv_pool, buffers, rows)
-            layer.feed_forward(rows, eps)
+            self._attend(batch, i, kv_pool, rows, team)
+            layer.feed_forward(rows, eps, team)
             if i < self.num_deepstack:
                 np.add(rows.x_array, rows.delta_array, out=rows.x_array)
                 for row, span in batch.embeddings:
@@ -71,27 +71,27 @@ class TextModel:
                 rms_norm(rows.x_array, self._layers[i + 1].input_norm, eps, rows.normed_array)
             else:
                 add_rms_norm(rows.delta_array, rows.x_array, self._layers[i + 1].input_norm, eps, rows.normed_array)
-        return self._finish(batch, kv_pool, buffers, rows)
+        return self._finish(batch, kv_pool, buffers, rows, team)
 
-    def _finish(self, batch: Batch, kv_pool: FloatArray, buffers: Buffers, rows: _Rows) -> FloatArray:
+    def _finish(self, batch: Batch, kv_pool: FloatArray, buffers: Buffers, rows: _Rows, team: Team | None) -> FloatArray:
         """The last layer, its KV stored. Only rows that sample matter from here on; a chunk amid a prompt has none."""
         num_sampled = len(batch.sampled_rows)
         if num_sampled == 0:
             return np.empty((0, self.config.vocab_size), np.float32)
         last, eps, width = len(self._layers) - 1, self.config.rms_norm_eps, self.config.hidden_size
-        self._attend(batch, last, kv_pool, buffers, rows)
+        self._attend(batch, last, kv_pool, rows, team)
         chosen = rows
         if num_sampled < batch.num_tokens or not _is_range(batch.sampled_rows):
             chosen = buffers.sampled_rows(num_sampled)
             index = torch.from_numpy(batch.sampled_rows)
             torch.index_select(rows.x, 0, index, out=chosen.x)
             torch.index_select(rows.attended, 0, index, out=chosen.attended)
-        self._layers[last].feed_forward(chosen, eps)
+        self._layers[last].feed_forward(chosen, eps, team)
         if last < self.num_deepstack:
             self._deepstack_sampled(batch, chosen, (last + 1) * width)
         add_rms_norm(chosen.delta_array, chosen.x_array, self._norm, eps, chosen.normed_array)
         logits = buffers.logits(num_sampled)
-        self._head(chosen.normed, logits)
+        self._head(chosen.normed, logits, team)
         return logits.numpy()
 
     def _deepstack_sampled(self, batch: Batch, chosen: _Rows, column: int) -> None:
@@ -100,38 +100,14 @@ class TextModel:
                 if row <= sampled_row < row + len(span.rows):
                     chosen.x_array[place] += span.rows[sampled_row - row, column : column + self.config.hidden_size]
 
-    def _attend(self, batch: Batch, layer: int, kv_pool: FloatArray, buffers: Buffers, rows: _Rows) -> None:
-        num_single = batch.num_single
-        if num_single:
-            paged_attention(
-                rows.q_array[:num_single],
-                kv_pool,
-                layer,
-                batch.block_tables,
-                batch.context_lens,
-                self._scale,
-                rows.attended_array[:num_single],
-            )
+    def _attend(self, batch: Batch, layer: int, kv_pool: FloatArray, rows: _Rows, team: Team | None) -> None:
+        q, attended, scale = rows.q_array, rows.attended_array, self._scale
+        if count := batch.num_single:
+            tables, lengths = batch.block_tables, batch.context_lens
+            paged_attention(q[:count], kv_pool, layer, tables, lengths, scale, attended[:count], team)
         for chunk in batch.chunks:
-            self._attend_chunk(chunk, layer, kv_pool, buffers, rows)
-
-    def _attend_chunk(self, chunk: Chunk, layer: int, kv_pool: FloatArray, buffers: Buffers, rows: _Rows) -> None:
-        """Queries of the chunk over the whole context so far; each sees the tokens up to its own."""
-        config, num_new = self.config, chunk.end - chunk.start
-        group = config.num_heads // config.num_kv_heads
-        keys, values = buffers.context(chunk.context_len)
-        gather_kv(kv_pool, layer, chunk.block_table, chunk.context_len, keys.numpy(), values.numpy())
-        # KV heads are the batch, the queries that share one are its heads: [kv_heads, group, tokens, head_dim]
-        q = rows.q[chunk.start : chunk.end].view(num_new, config.num_kv_heads, group, config.head_dim).permute(1, 2, 0, 3)
-        shape = (config.num_kv_heads, group, chunk.context_len, config.head_dim)
-        k, v = keys[:, None].expand(shape), values[:, None].expand(shape)
-        if num_new == chunk.context_len:
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale)
-        else:
-            mask = torch.ones(num_new, chunk.context_len, dtype=torch.bool).tril_(chunk.context_len - num_new)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self._scale)
-        target = rows.attended[chunk.start : chunk.end].view(num_new, config.num_kv_heads, group, config.head_dim)
-        target.copy_(attended.permute(2, 0, 1, 3))
+            part = slice(chunk.start, chunk.end)
+            chunk_attention(q[part], kv_pool, layer, chunk.block_table, chunk.context_len, scale, attended[part], team)
 
 
 class _Layer:
@@ -147,13 +123,13 @@ class _Layer:
         self._gate_up = Linear(weights, [f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"])
         self._down = Linear(weights, [f"{prefix}mlp.down_proj"])
 
-    def feed_forward(self, rows: _Rows, eps: float) -> None:
+    def feed_forward(self, rows: _Rows, eps: float, team: Team | None) -> None:
         """From attended heads to the layer's end: x gains the attention's output, `delta` holds what x is still to gain."""
-        self._output(rows.attended, rows.delta)
+        self._output(rows.attended, rows.delta, team)
         add_rms_norm(rows.delta_array, rows.x_array, self.post_norm, eps, rows.normed_array)
-        self._gate_up(rows.normed, rows.gate_up)
+        self._gate_up(rows.normed, rows.gate_up, team)
         silu_mul(rows.gate_up_array, rows.inner_array)
-        self._down(rows.inner, rows.delta)
+        self._down(rows.inner, rows.delta, team)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +166,6 @@ class Buffers:
         self._memory: dict[str, Tensor] = {}
         self._sampled: Buffers | None = None
         self._logits = torch.empty(0, config.vocab_size)
-        self._context = torch.empty(2, config.num_kv_heads, 0, config.head_dim).flatten()
 
     def rows(self, num_rows: int) -> _Rows:
         if num_rows > self._capacity:
@@ -212,14 +187,6 @@ class Buffers:
         if len(self._logits) < num_rows:
             self._logits = torch.empty(num_rows, self._config.vocab_size)
         return self._logits[:num_rows]
-
-    def context(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [num_kv_heads, num_tokens, head_dim] of one sequence and layer."""
-        half = self._config.num_kv_heads * num_tokens * self._config.head_dim
-        if len(self._context) < 2 * half:
-            self._context = torch.empty(2 * half)
-        shape = (self._config.num_kv_heads, num_tokens, self._config.head_dim)
-        return self._context[:half].view(shape), self._context[half : 2 * half].view(shape)
 
     def _grow(self, num_rows: int) -> None:
         config = self._config

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+import torch
 
 from epd.errors import BadConfig, BadImage
 from epd.model.config import load_model_config
@@ -69,6 +70,19 @@ def test_two_runners_share_one_model(model_of: ModelOf, open_engine: OpenEngine)
     _run([first], engine.runner, until=1)
     _run([first], other, until=5)  # prefill by one, decode by the other
     assert _ids(first.output) == expected
+
+
+def test_threads_change_nothing(model_of: ModelOf, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("epd.model.linear._WORTH_SHARING", 0)
+    model = model_of("vl-deepstack2-tied")
+    engine = open_engine(model)
+    prompt = model.prompt(seed=1)
+    step = StepPlan((engine.sequence(prompt).step(10_000),))
+    alone = engine.runner.logits(step).copy()
+    threaded = TextModelRunner(model.config, model.text_weights, engine.backend, engine.pool, engine.block_size, num_threads=2)
+    np.testing.assert_array_equal(threaded.logits(step), alone)
+    threaded.close()
+    torch.set_num_threads(1)
 
 
 def test_joined_weights_are_not_kept_twice(model_of: ModelOf) -> None:

@@ -40,6 +40,17 @@ def test_chunks_give_what_the_whole_prompt_gives(
     assert _relative_error(logits, expected[ends]) < 1e-4
 
 
+@pytest.mark.parametrize("name", CASE_NAMES)
+def test_no_cut_of_a_prompt_changes_a_bit(name: str, model_of: ModelOf, open_engine: OpenEngine) -> None:
+    """As long as no chunk is a single token, which the kernel of decode serves."""
+    model = model_of(name)
+    prompt = model.prompt(seed=6, length=37)
+    whole = _last_logits(open_engine(model), prompt, chunk=10_000)[-1]
+    for chunk in (2, 3, 16, 40):
+        if len(prompt.token_ids) % chunk != 1:
+            np.testing.assert_array_equal(_last_logits(open_engine(model), prompt, chunk=chunk)[-1], whole)
+
+
 def test_nothing_but_the_last_rows_changes_what_is_sampled(model_of: ModelOf, open_engine: OpenEngine) -> None:
     """A step of which only some rows sample, in any order in the plan, gives the rows of steps of their own."""
     model = model_of("vl-deepstack-every-layer")
