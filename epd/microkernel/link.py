@@ -178,6 +178,8 @@ class Link(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         self._received_bytes += nbytes
         for event in self._connection.buffer_updated(nbytes):
+            if self._is_lost:
+                break
             self._handle(event)
         self._send_soon()
 
@@ -229,15 +231,20 @@ class Link(asyncio.BufferedProtocol):
             case events.Delivered():
                 self._deliver(event)
             case events.ItemArrived():
-                self._streams[event.id].push(Answer(event.message, event.buffers))
+                # An event before this one, in the same bytes, may have let the consumer leave. Likewise below.
+                if (items := self._streams.get(event.id)) is not None:
+                    items.push(Answer(event.message, event.buffers))
             case events.StreamEnded():
-                self._streams.pop(event.id).finish(None if event.failed is None else from_wire(event.failed))
+                if (items := self._streams.pop(event.id, None)) is not None:
+                    items.finish(None if event.failed is None else from_wire(event.failed))
             case events.Cancelled():
-                self._replies.pop(event.id).cancel()
+                if (reply := self._replies.pop(event.id, None)) is not None:
+                    reply.cancel()
             case events.TellRoom():
                 self._offer_tell_room(event.actor)
             case events.ItemRoom():
-                self._replies[event.id].room_opened()
+                if (reply := self._replies.get(event.id)) is not None:
+                    reply.room_opened()
             case events.PongArrived():
                 self._rtt_s = self._loop.time() - self._pinged_at
             case events.PeerProved():

@@ -48,7 +48,7 @@ class _Peer:
     dial: asyncio.Task[None] | None = None
     dialling: Link | None = None  # the dial's link, until it opens
     backoff_s: float = 0.0
-    waiters: set[asyncio.Future[Link]] = field(default_factory=set)
+    waiters: dict[asyncio.Future[Link], None] = field(default_factory=dict)  # in the order in which they came
 
     def is_open(self) -> bool:
         return self.link is not None
@@ -91,7 +91,7 @@ class Peers:
         if peer.endpoint is None:
             raise PeerLost(f"worker {worker!r} is not known here")
         waiter: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
-        peer.waiters.add(waiter)
+        peer.waiters[waiter] = None
         if peer.dial is None:
             peer.dial = self._tasks.spawn(self._dial(worker, peer), name=f"dial {worker}")
         try:
@@ -100,7 +100,7 @@ class Peers:
         except TimeoutError:
             raise DeadlineExceeded(f"worker {worker!r} was not reached within {timeout_s:g} s") from None
         finally:
-            peer.waiters.discard(waiter)
+            peer.waiters.pop(waiter, None)
 
     async def discover(self, host: str, port: int, *, timeout_s: float) -> Identity:
         """Dial an address and learn which worker lives there; the link stays. Raises as link() does."""
@@ -264,7 +264,7 @@ class Peers:
     async def _other_link(self, peer: _Peer) -> None:
         """The other end refused this dial because of its own: wait a little for that one."""
         waiter: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
-        peer.waiters.add(waiter)
+        peer.waiters[waiter] = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 if peer.link is None:
@@ -272,7 +272,7 @@ class Peers:
         except TimeoutError:
             pass
         finally:
-            peer.waiters.discard(waiter)
+            peer.waiters.pop(waiter, None)
 
     def _make_link(self, side: Side, medium: str, *, expected: WorkerId | None) -> Link:
         link = Link(

@@ -271,7 +271,7 @@ class System:
         elif kind != "tell" and not cell.has_room:
             mail.reply.fail(Overloaded(f"the mailbox of {actor!r} of worker {self.worker!r} is full"))
         else:
-            cell.put(mail)
+            cell.put_now(mail)
 
     def peer_lost(self, worker: WorkerId) -> None:
         for callback in list(self._watchers.get(worker, ())):
