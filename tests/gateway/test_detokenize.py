@@ -73,7 +73,7 @@ def test_every_byte_has_a_token() -> None:
     assert len(BYTE_IDS) == 256
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(texts, st.lists(st.integers(0, 200), max_size=12), stop_strings)
 def test_pieces_make_the_text_up_to_the_first_stop(text: str, cuts: list[int], stops: list[str]) -> None:
     token_ids = splits(text, cuts)

@@ -289,7 +289,7 @@ async def test_a_client_that_leaves_closes_the_engines_generator(
     await pause.reached.wait()
     assert engine.num_open == 1
     writer.transport.abort()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await engine.all_closed()
     assert not pause.go_on.is_set()
 
@@ -302,7 +302,7 @@ async def test_a_client_that_leaves_closes_the_generators_of_all_its_prompts(sta
     for pause in pauses.values():
         await pause.reached.wait()
     writer.transport.abort()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await engine.all_closed(2)
 
 
@@ -318,7 +318,7 @@ async def test_a_client_that_does_not_read_holds_the_engine_back(start: Start, e
             await asyncio.sleep(0)
     assert 0 < engine.num_deltas < 1000
     writer.transport.abort()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await engine.all_closed()
 
 
