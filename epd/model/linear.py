@@ -24,7 +24,8 @@ class Linear:
 
     def __init__(self, weights: Weights, names: Sequence[str], *, bias: bool = False) -> None:
         joined = weights.joined([f"{name}.weight" for name in names])
-        self._weights = [joined] if joined is not None else [weights.tensor(f"{name}.weight") for name in names]
+        parts = [joined] if joined is not None else [weights.tensor(f"{name}.weight") for name in names]
+        self._weights = [part.flatten(1) for part in parts]  # a convolution over whole patches is a product too
         self._bias = torch.cat([weights.tensor(f"{name}.bias") for name in names]) if bias else None
         # address, first column of the output, number of outputs
         self._parts: list[tuple[int, int, int]] = []
@@ -34,8 +35,9 @@ class Linear:
             start += len(weight)
         self._num_inputs, self._num_outputs = self._weights[0].shape[1], start
 
-    def __call__(self, x: Tensor, out: Tensor, team: Team | None = None) -> None:
+    def __call__(self, x: Tensor, out: Tensor | None = None, team: Team | None = None) -> Tensor:
         """x [n, in] -> out [n, out], float32, contiguous. The outputs are shared out over `team`; the result does not show it."""
+        out = torch.empty(x.shape[0], self._num_outputs) if out is None else out
         x_at, out_at, num_rows, width = x.data_ptr(), out.data_ptr(), x.shape[0], self._num_inputs
         if team is None or num_rows * width * self._num_outputs < _WORTH_SHARING:
             for address, start, count in self._parts:
@@ -57,6 +59,7 @@ class Linear:
             team.run(matmul_rows_at, pieces)
         if self._bias is not None:
             out += self._bias
+        return out
 
 
 def _split(count: int, num_pieces: int) -> list[tuple[int, int]]:

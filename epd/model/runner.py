@@ -89,6 +89,7 @@ class VisionModelRunner:
         self.model = weights if isinstance(weights, VisionModel) else VisionModel(config.vision, weights)
         self._image = config.image
         self._threads = _Threads(num_threads)
+        self._team = Team(num_threads) if num_threads > 1 else None
 
     def encode(self, images: tuple[ImageInput, ...]) -> EncodeOutput:
         """Preprocess and encode; an image that cannot be decoded fails alone."""
@@ -112,11 +113,13 @@ class VisionModelRunner:
         """Rows per image [num_tokens, (1 + num_deepstack) * hidden_size] float32; an exception in `patches` passes through."""
         self._threads.apply()
         good = [(each, grid) for each, grid in zip(patches, grids, strict=True) if not isinstance(each, Exception)]
-        encoded = iter(self.model.forward([each for each, _ in good], [grid for _, grid in good]) if good else [])
+        encoded = iter(self.model.forward([each for each, _ in good], [grid for _, grid in good], self._team) if good else [])
         return tuple(each if isinstance(each, Exception) else next(encoded) for each in patches)
 
     def close(self) -> None:
-        """Nothing is held beyond the model."""
+        """Let go of the threads."""
+        if self._team:
+            self._team.close()
 
 
 class _Threads:

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from epd.model.config import VisionConfig
+from epd.model.linear import Linear
 from epd.model.preprocess import Grid
 from epd.model.weights import Weights
+from gpu.team import Team
 
 _LAYER_NORM_EPS = 1e-6
 _ROPE_THETA = 10000.0
@@ -31,8 +33,7 @@ class VisionModel:
     def __init__(self, config: VisionConfig, weights: Weights) -> None:
         self.config = config
         tensors = _Prefixed(weights, "model.visual.")
-        patch_embed = tensors.linear("patch_embed.proj")
-        self._patch_embed = _Linear(patch_embed.weight.reshape(config.hidden_size, config.patch_width), patch_embed.bias)
+        self._patch_embed = tensors.linear("patch_embed.proj")
         self._position_table = tensors["pos_embed.weight"]
         self._blocks = [_Block(tensors, f"blocks.{i}.") for i in range(config.depth)]
         self._merger = _Merger(tensors, "merger.")
@@ -41,13 +42,15 @@ class VisionModel:
         }
 
     @torch.inference_mode()
-    def forward(self, patches: Sequence[npt.NDArray[np.float32]], grids: Sequence[Grid]) -> list[npt.NDArray[np.float32]]:
+    def forward(
+        self, patches: Sequence[npt.NDArray[np.float32]], grids: Sequence[Grid], team: Team | None = None
+    ) -> list[npt.NDArray[np.float32]]:
         """Per image, from patches [t * h * w, patch_width] (in merge-block order) and grid (t, h, w), the rows
         [t * h * w / merge**2, (1 + num_deepstack) * out_hidden_size] float32: main embedding, then the deepstack features.
         """
         order = sorted(range(len(grids)), key=lambda i: grids[i])  # equal sizes side by side
         geometries = [_geometry(grids[i], self.config) for i in order]
-        x = self._patch_embed(torch.from_numpy(np.concatenate([patches[i] for i in order])))
+        x = self._patch_embed(torch.from_numpy(np.concatenate([patches[i] for i in order])), team=team)
         x += torch.cat([self._position_embedding(geometry) for geometry in geometries])
         cosine = torch.cat([geometry.cosine for geometry in geometries])[:, None]  # [num_patches, 1, head_dim / 2]
         sine = torch.cat([geometry.sine for geometry in geometries])[:, None]
@@ -56,10 +59,10 @@ class VisionModel:
         runs = [(length, len(list(run))) for length, run in groupby(lengths)]
         features: list[Tensor] = []
         for layer, block in enumerate(self._blocks):
-            block.forward(x, cosine, sine, runs, self.config.num_heads)
+            block.forward(x, cosine, sine, runs, self.config.num_heads, team)
             if layer in self._deepstack:
-                features.append(self._deepstack[layer](x, self.config.merge_size**2, norm_after_join=True))
-        main = self._merger(x, self.config.merge_size**2, norm_after_join=False)
+                features.append(self._deepstack[layer](x, self.config.merge_size**2, team, norm_after_join=True))
+        main = self._merger(x, self.config.merge_size**2, team, norm_after_join=False)
         rows = torch.cat([main, *features], dim=1).numpy()
         result: list[npt.NDArray[np.float32]] = [rows] * len(order)
         start = 0
@@ -72,15 +75,6 @@ class VisionModel:
     def _position_embedding(self, geometry: _Geometry) -> Tensor:
         taps = F.embedding(geometry.taps, self._position_table)  # [num_patches, 4, hidden]
         return torch.einsum("ptd,pt->pd", taps, geometry.tap_weights)
-
-
-@dataclass(frozen=True, slots=True)
-class _Linear:
-    weight: Tensor  # [out, in]
-    bias: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +93,8 @@ class _Prefixed:
     def __getitem__(self, name: str) -> Tensor:
         return self._weights.tensor(self._prefix + name)
 
-    def linear(self, name: str) -> _Linear:
-        return _Linear(self[f"{name}.weight"], self[f"{name}.bias"])
+    def linear(self, name: str) -> Linear:
+        return Linear(self._weights, [self._prefix + name], bias=True)
 
     def norm(self, name: str) -> _Norm:
         return _Norm(self[f"{name}.weight"], self[f"{name}.bias"])
@@ -112,10 +106,12 @@ class _Block:
         self._qkv, self._proj = tensors.linear(f"{prefix}attn.qkv"), tensors.linear(f"{prefix}attn.proj")
         self._fc1, self._fc2 = tensors.linear(f"{prefix}mlp.linear_fc1"), tensors.linear(f"{prefix}mlp.linear_fc2")
 
-    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, runs: list[tuple[int, int]], num_heads: int) -> None:
+    def forward(
+        self, x: Tensor, cosine: Tensor, sine: Tensor, runs: list[tuple[int, int]], num_heads: int, team: Team | None
+    ) -> None:
         """x [num_patches, hidden], in place. `runs`: (patches per image, images) of neighbours of one size."""
         num_patches, hidden = x.shape
-        qkv = self._qkv(self._norm1(x)).view(num_patches, 3, num_heads, hidden // num_heads)
+        qkv = self._qkv(self._norm1(x), team=team).view(num_patches, 3, num_heads, hidden // num_heads)
         _rotate(qkv[:, :2], cosine[:, None], sine[:, None])
         attended = torch.empty(num_patches, num_heads, hidden // num_heads)
         start = 0
@@ -125,8 +121,9 @@ class _Block:
             q, k, v = qkv[start:end].view(count, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
             attended[start:end] = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(end - start, num_heads, -1)
             start = end
-        x += self._proj(attended.view(num_patches, hidden))
-        x += self._fc2(F.gelu(self._fc1(self._norm2(x)), approximate="tanh"))
+        x += self._proj(attended.view(num_patches, hidden), team=team)
+        inner = F.gelu(self._fc1(self._norm2(x), team=team), approximate="tanh")
+        x += self._fc2(inner, team=team)
 
 
 class _Merger:
@@ -136,10 +133,10 @@ class _Merger:
         self._norm = tensors.norm(f"{prefix}norm")
         self._fc1, self._fc2 = tensors.linear(f"{prefix}linear_fc1"), tensors.linear(f"{prefix}linear_fc2")
 
-    def __call__(self, x: Tensor, num_joined: int, *, norm_after_join: bool) -> Tensor:
+    def __call__(self, x: Tensor, num_joined: int, team: Team | None, *, norm_after_join: bool) -> Tensor:
         joined = x.view(-1, x.shape[1] * num_joined)
         normed = self._norm(joined) if norm_after_join else self._norm(x).view_as(joined)
-        return self._fc2(F.gelu(self._fc1(normed)))
+        return self._fc2(F.gelu(self._fc1(normed, team=team)), team=team)
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> None:
