@@ -38,13 +38,13 @@ class Prompt:
 
 
 class Prompter:
-    """Builds prompts for one model. Holds no state of requests; threads may share it."""
+    """Builds prompts for one model. Holds nothing of a request; threads may share it."""
 
     def __init__(self, *, tokenizer: Tokenizer, template: ChatTemplate | None, config: ModelConfig, max_model_len: int) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.config = config
-        self.max_model_len = max_model_len
+        self.max_model_len = max_model_len  # may be lowered while the workers are only getting known
         # What an image's embedding depends on besides its bytes; a key keeps apart what differs in it.
         self._image_key = hashlib.blake2b(repr(config.image).encode(), digest_size=32).digest()
         self._neutral = _Neutraliser(tokenizer)

@@ -172,7 +172,7 @@ class OpenAIRoutes:
             "object": "model",
             "created": self._started,
             "owned_by": "epd",
-            "max_model_len": self._engine.max_model_len,
+            "max_model_len": self._prompter.max_model_len,
         }
 
 
