@@ -51,6 +51,18 @@ def test_an_error_of_any_part_is_raised_when_no_part_runs_any_more(team: Team) -
     assert sorted(team.run(int, [("1",), ("2",)])) == [1, 2]
 
 
+def test_an_error_of_a_helper_is_raised_by_the_caller(team: Team) -> None:
+    caller, together = threading.get_ident(), threading.Barrier(team.num_threads, timeout=30)
+
+    def work(_part: int) -> None:
+        together.wait()
+        if threading.get_ident() != caller or team.num_threads == 1:
+            raise KeyError("helper")
+
+    with pytest.raises(KeyError, match="helper"):
+        team.run(work, [(i,) for i in range(team.num_threads)])
+
+
 def test_a_team_of_nobody_is_refused() -> None:
     with pytest.raises(ValueError, match="not 0 threads"):
         Team(0)
