@@ -79,6 +79,7 @@ class Link(asyncio.BufferedProtocol):
             side=side, identity=identity, token=token, nonce=secrets.token_bytes(NONCE_BYTES), expected=expected
         )
         self.get_buffer = self._connection.get_buffer  # type: ignore[method-assign]  # no frame between loop and reader
+        self._data_to_send = self._connection.data_to_send
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._heartbeat_s = heartbeat_s
@@ -86,7 +87,7 @@ class Link(asyncio.BufferedProtocol):
         self._pinged_at = 0.0
         self._is_lost = False
         self.is_open = False
-        self._is_paused = False
+        self._is_paused = True  # until there is a socket
         self._is_turn_planned = False
         self._asks: dict[int, asyncio.Future[Answer]] = {}
         self._streams: dict[int, ItemStream] = {}
@@ -156,8 +157,7 @@ class Link(asyncio.BufferedProtocol):
 
     async def drained(self, timeout_s: float) -> None:
         """Wait until everything sent has been handed to the socket. Raises Overloaded, PeerLost."""
-        waiter = self._loop.create_future()
-        while self._connection.has_data or self._is_paused:
+        while not self._is_drained:
             self._check_open()
             waiter = self._loop.create_future()
             self._drain_waiters.append(waiter)
@@ -173,7 +173,7 @@ class Link(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=0)  # pause as soon as the socket takes no more
         self._timer = self._loop.call_later(self._heartbeat_s, self._tick)
-        self._write()
+        self.resume_writing()
 
     def buffer_updated(self, nbytes: int) -> None:
         self._received_bytes += nbytes
@@ -190,8 +190,10 @@ class Link(asyncio.BufferedProtocol):
         self._is_paused = True
 
     def resume_writing(self) -> None:
-        self._is_paused = False
-        self._send_soon()
+        if not self._is_lost:
+            self._is_paused = False
+            self._send_soon()
+            self._wake_drained()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lose(PeerLost(f"the link to {self.peer or 'a peer'} broke" + (f": {exc}" if exc else "")), "reset")
@@ -273,8 +275,8 @@ class Link(asyncio.BufferedProtocol):
         who = f"worker {self.peer!r}" if self.peer else "a peer"
         what = f"{who} closed the link" if event.by_peer else f"the link to {who} was closed"
         error_type = Refused if event.code in _REFUSALS else PeerLost
-        self._write()
         if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(b"".join(self._data_to_send()))  # the last word, behind what the socket has not taken yet
             self._transport.close()
             # A peer that does not read would keep the socket and its buffers for ever.
             self._loop.call_later(_CLOSE_TIMEOUT_S, self._transport.abort)
@@ -285,6 +287,7 @@ class Link(asyncio.BufferedProtocol):
             return
         self._is_lost = True
         self.is_open = False
+        self._is_paused = True
         if self._timer is not None:
             self._timer.cancel()
         self._connection.close("lost", error.message)  # lets go of registered views
@@ -315,41 +318,46 @@ class Link(asyncio.BufferedProtocol):
 
     def _send_soon(self) -> None:
         """What is first sent in a turn of the loop goes to the socket at once, whatever follows in that turn goes together."""
-        if not self._is_turn_planned and not self._is_paused and self._connection.has_data:
+        if not self._is_turn_planned and not self._is_paused and (pieces := self._data_to_send()):
             self._is_turn_planned = True
             self._loop.call_soon(self._end_turn)
-            self._write()
+            self._write(pieces)
 
     def _end_turn(self) -> None:
         self._is_turn_planned = False
         self._send_soon()
 
-    def _write(self) -> None:
+    def _write(self, pieces: list[Buffer]) -> None:
         """Hand the socket what it takes, a little at a time: others want their turn too."""
-        connection, transport = self._connection, self._transport
-        if transport is None or transport.is_closing():
+        transport = self._transport
+        if transport is None:
             return
-        for _ in range(_CHUNKS_PER_TURN):
-            pieces = connection.data_to_send()
+        for left in reversed(range(_CHUNKS_PER_TURN)):
             if len(pieces) == 1:
                 self._sent_bytes += len(pieces[0])
                 transport.write(pieces[0])
-            elif pieces:
+            else:
                 num_bytes = sum(map(len, pieces))
                 self._sent_bytes += num_bytes
                 if num_bytes <= _JOIN_BYTES:
                     transport.write(b"".join(pieces))
                 else:
                     transport.writelines(pieces)
-            if self._is_paused:
-                return
-            if not connection.has_data:
+            if not left or self._is_paused or not (pieces := self._data_to_send()):
                 break
-        if self._drain_waiters and not connection.has_data:
+        self._wake_drained()
+
+    def _wake_drained(self) -> None:
+        if self._drain_waiters and self._is_drained:
             waiters, self._drain_waiters = self._drain_waiters, []
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
+
+    @property
+    def _is_drained(self) -> bool:
+        """The socket has been handed everything."""
+        return not (self._is_paused or self._connection.has_data)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
