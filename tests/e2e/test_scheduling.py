@@ -55,16 +55,18 @@ class ClusterMachine(RuleBasedStateMachine):
         self.sizes = Sizes(
             block_size=block_size,
             prefill_blocks=least + data.draw(st.integers(0, 2 * least), "more prefill blocks"),
-            decode_blocks=least + data.draw(st.integers(0, least), "more decode blocks"),
+            decode_blocks=least + data.draw(st.integers(0, least // 2), "more decode blocks"),
             max_model_len=max_model_len,
             token_budget=data.draw(st.integers(1, 24), "token_budget"),
             max_chunk_tokens=data.draw(st.integers(1, 24), "max_chunk_tokens"),
             max_running=data.draw(st.integers(1, 4), "max_running"),
-            num_ids=data.draw(st.sampled_from([3, 20]), "num_ids"),
+            num_ids=data.draw(st.sampled_from([5, 100]), "num_ids"),
             max_ahead=data.draw(st.integers(1, 3), "max_ahead"),
             is_shared=self.is_shared,
         )
         self.cluster = Cluster(self.sizes)
+        for _ in range(data.draw(st.integers(1, 6), "number of requests to begin with")):
+            self.cluster.submit(*data.draw(prompts(max_model_len // 2)), Sampling(max_tokens=30, ignore_eos=True))
 
     def open_jobs(self) -> list[Job]:
         return [job for job in self.cluster.jobs.values() if not job.is_over]
@@ -117,15 +119,20 @@ class ClusterMachine(RuleBasedStateMachine):
     def commit_decode(self) -> None:
         self.cluster.commit_decode()
 
-    @rule()
-    def a_round(self) -> None:
-        self.cluster.reserve()
-        self.cluster.plan_prefill()
-        self.cluster.commit_prefill()
+    @rule(num_rounds=st.integers(1, 8), are_encoded=st.booleans())
+    def go_on(self, num_rounds: int, are_encoded: bool) -> None:
+        """Some of every move, and at the end a step of each kind that is planned and not committed."""
         for job in self.open_jobs():
-            self.cluster.pull(job)
-        self.cluster.plan_decode()
-        self.cluster.commit_decode()
+            for index in sorted(job.missing) if are_encoded else []:
+                self.cluster.embedding(job, index)
+        for _ in range(num_rounds):
+            self.cluster.commit_prefill()
+            self.cluster.commit_decode()
+            self.cluster.reserve()
+            for job in self.open_jobs():
+                self.cluster.pull(job)
+            self.cluster.plan_prefill()
+            self.cluster.plan_decode()
 
     @precondition(lambda self: self.cluster.num_retries < 3)
     @rule(is_prefill=st.booleans())

@@ -120,6 +120,15 @@ def test_a_quiet_night_does_not_count_against_the_morning() -> None:
     assert refused(admission, 50_001.0) == 1.0
 
 
+def test_what_finished_before_a_pause_says_nothing_about_now() -> None:
+    admission = busy(max_requests=2, every_s=1.0, until=10.0)
+    admission.finish(rid(10), now=10.0)
+    admission.finish(rid(11), now=10.0)
+    admission.admit(rid(100), num_prompt_tokens=1, now=15.0)
+    admission.admit(rid(101), num_prompt_tokens=1, now=15.0)
+    assert refused(admission, 20.0) == pytest.approx(5.0)
+
+
 def test_nobody_is_sent_away_for_longer_than_a_minute() -> None:
     admission = busy(max_requests=2, every_s=29.0, until=30.0)
     assert max(refused(admission, 30.0) for _ in range(10)) == 60.0
