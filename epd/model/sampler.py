@@ -12,13 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from epd.step import SampleRequest
+from gpu.kernels.draw_token import draw_token
 from protocol.messages import Sampling, Token, TokenLogprob
 
 FloatArray = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
 
 GREEDY_BELOW = 1e-5  # temperatures below this take the likeliest token
 _MASK = (1 << 64) - 1
+_NUM_BUCKETS, _BUCKETS_PER_UNIT = 2048, 64.0  # down to e**-32 of the likeliest; what is below is in the last bucket
 
 
 def sample(logits: FloatArray, requests: Sequence[SampleRequest]) -> list[Token]:
@@ -80,32 +83,36 @@ def _penalize(row: FloatArray, request: SampleRequest) -> None:
 
 def _draw(row: FloatArray, sampling: Sampling, noise: float) -> int:
     """The token at which the distribution function, summed in order of token id, passes `noise`."""
-    ids: IntArray | None = None  # None: the whole vocabulary
-    if 0 < sampling.top_k < len(row):
-        ids = _best(row, sampling.top_k)
-    # Whole vocabularies are summed in float64 too: the same token must come out wherever the sum is done.
-    scaled = (row if ids is None else row[ids]).astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled.max())
+    has_top_k = 0 < sampling.top_k < len(row)
+    if sampling.top_p >= 1.0 and sampling.min_p <= 0.0 and not has_top_k:
+        return draw_token(row, sampling.temperature, noise)
+    ids = np.sort(_best(row, sampling.top_k)) if has_top_k else np.arange(len(row))
+    depths = (row.max() - row[ids]).astype(np.float64) / sampling.temperature  # below the likeliest
+    weights = np.exp(-depths)
     if sampling.top_p < 1.0:
-        if ids is None:
-            ids = _nucleus_candidates(row, weights, sampling.top_p)
-            total = weights.sum()
-            weights = weights[ids]
-        else:
-            total = weights.sum()
-        order = np.lexsort((ids, -row[ids]))
-        before = np.cumsum(weights[order]) - weights[order]
-        kept = order[before < sampling.top_p * total]
+        kept = _nucleus(depths, weights, sampling.top_p)
         ids, weights = ids[kept], weights[kept]
     if sampling.min_p > 0.0:
         kept = np.flatnonzero(weights >= sampling.min_p * weights.max())
-        ids, weights = (kept if ids is None else ids[kept]), weights[kept]
-    if ids is not None:
-        order = np.argsort(ids)
-        ids, weights = ids[order], weights[order]
+        ids, weights = ids[kept], weights[kept]
     sums = np.cumsum(weights)
-    place = min(int(np.searchsorted(sums, noise * sums[-1], side="right")), len(sums) - 1)
-    return place if ids is None else int(ids[place])
+    return int(ids[min(int(np.searchsorted(sums, noise * sums[-1], side="right")), len(sums) - 1)])
+
+
+def _nucleus(depths: Float64Array, weights: Float64Array, top_p: float) -> IntArray:
+    """Places, rising, of the fewest highest weights that reach top_p of the whole (Holtzman et al., arXiv 1904.09751).
+
+    What is above and below is told by buckets of depth; only the bucket in which the bound lies has to be sorted.
+    """
+    buckets = np.minimum(depths * _BUCKETS_PER_UNIT, _NUM_BUCKETS - 1).astype(np.intp)
+    sums = np.bincount(buckets, weights, _NUM_BUCKETS)
+    reached = np.cumsum(sums)
+    bound = max(top_p, 1e-9) * float(reached[-1])  # the likeliest is always in
+    edge = min(int(np.searchsorted(reached, bound)), int(buckets.max()))
+    inside = np.flatnonzero(buckets == edge)
+    inside = inside[np.argsort(depths[inside], kind="stable")]
+    before = reached[edge] - sums[edge] + np.cumsum(weights[inside]) - weights[inside]
+    return np.sort(np.concatenate([np.flatnonzero(buckets < edge), inside[before < bound]]))
 
 
 def _best(row: FloatArray, count: int) -> IntArray:
@@ -115,18 +122,6 @@ def _best(row: FloatArray, count: int) -> IntArray:
     bound = np.partition(row, len(row) - count)[len(row) - count]
     above = np.flatnonzero(row > bound)
     return np.concatenate([above, np.flatnonzero(row == bound)[: count - len(above)]])
-
-
-def _nucleus_candidates(row: FloatArray, weights: npt.NDArray[np.float64], top_p: float) -> IntArray:
-    """A set of highest ids whose weights reach top_p of the sum: sorting a whole vocabulary is slow and seldom needed."""
-    total = weights.sum()
-    count = 256
-    while count < len(row):
-        ids = _best(row, count)
-        if weights[ids].sum() > top_p * total:
-            return ids
-        count *= 16
-    return np.arange(len(row))
 
 
 def _with_logprobs(token_id: int, raw: FloatArray, num_best: int) -> Token:

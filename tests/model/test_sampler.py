@@ -172,5 +172,10 @@ def test_logprobs_are_the_models_own(num_logprobs: int, temperature: float) -> N
     assert [each.logprob for each in token.top_logprobs] == pytest.approx([exact[i] for i in ranked], abs=1e-9)
 
 
+def test_a_nucleus_of_nothing_is_the_likeliest() -> None:
+    logits = _logits(2)
+    assert sample(logits.copy(), [_request(Sampling(top_p=0.0, seed=9))])[0].token_id == logits[0].argmax()
+
+
 def test_an_empty_step() -> None:
     assert sample(np.empty((0, 10), np.float32), []) == []
