@@ -119,6 +119,7 @@ class Launcher:
             *(sys.executable, "-m", "epd", "serve", "--supervised", "--roles", member.role, "--model", self._config.serve.model),
             *member.arguments,
             *self._config.passed_on,
+            *self._same_port(member),
         )
         return await asyncio.create_subprocess_exec(
             *command,
@@ -127,6 +128,12 @@ class Launcher:
             env=self._environment,
             start_new_session=True,  # Ctrl-C is for this process, which stops the others in order
         )
+
+    def _same_port(self, member: _Member) -> tuple[str, ...]:
+        """A gateway that starts again is where it was, also if the port was any free one the first time."""
+        if member.role != "gateway" or not self._url:
+            return ()
+        return ("--port", self._url.rpartition(":")[2])
 
     async def _listen(self, member: _Member, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None

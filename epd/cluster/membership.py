@@ -24,7 +24,7 @@ _log = Log("membership")
 
 class Membership(Actor):
     """One per process that hosts stages. `find_gateway` tells the gateway's worker id once it is there; `on_joined` is called
-    at every join, `on_refused` when joining can never succeed, `on_drain` when the cluster asks this worker to leave.
+    at the first join, `on_refused` when joining can never succeed, `on_drain` when the cluster asks this worker to leave.
     """
 
     def __init__(
@@ -46,6 +46,8 @@ class Membership(Actor):
         self._on_refused = on_refused
         self._on_drain = on_drain
         self._report_now = asyncio.Event()
+        self._is_member = False
+        self._was_member = False
 
     async def started(self) -> None:
         self.spawn(self._stay(), name="membership")
@@ -80,7 +82,7 @@ class Membership(Actor):
         while True:
             try:
                 directory = Address(await self._find_gateway(), "directory")
-                await self.system.ask(directory, self._join, timeout_s=JOIN_TIMEOUT_S)
+                await self._join_at(directory)
             except (Refused, BadConfig) as error:
                 self._on_refused(error)
                 return
@@ -92,11 +94,29 @@ class Membership(Actor):
                 continue
             backoff_s = FIRST_BACKOFF_S
             self._directory = directory
-            self._on_joined()
+            if not self._was_member:
+                self._was_member = True
+                self._on_joined()
             await self._report(directory)
 
+    async def _join_at(self, directory: Address) -> None:
+        """With the link that is there from now on, the gateway forgets this worker."""
+
+        def lost(_: WorkerId) -> None:
+            unwatch()
+            self._is_member = False
+            self._report_now.set()
+
+        self._is_member = True
+        unwatch = self.system.watch(directory.worker, lost)
+        try:
+            await self.system.ask(directory, self._join, timeout_s=JOIN_TIMEOUT_S)
+        except BaseException:
+            unwatch()
+            raise
+
     async def _report(self, directory: Address) -> None:
-        while True:
+        while self._is_member:
             links = tuple(link for stage in self._stages for link in stage.links())
             report = ReportLoad(
                 worker=self._join.endpoint.worker,

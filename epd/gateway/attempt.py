@@ -245,6 +245,8 @@ class Attempt:
     async def _abort(self, *stages: Address) -> None:
         message = Abort(request_id=self._request_id, epoch=self._epoch)
         for stage in stages:
+            if not self._stages.fleet.is_alive(stage.worker):
+                continue  # it drops what its lost link had asked, and dialling one that hangs takes time
             try:
                 await self._stages.system.tell(stage, message, timeout_s=ABORT_TIMEOUT_S)
             except EpdError:
