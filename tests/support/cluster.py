@@ -31,7 +31,7 @@ from epd.errors import EpdError
 from epd.stage import StageActor
 from gpu.errors import BrokenPool
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 """Bound of every wait in a test; far more than it takes."""
 
 ALL_ROLES = "gateway,encode,prefill,decode"
