@@ -17,6 +17,7 @@ from epd.errors import BodyTooLarge, CorruptTransfer, EpdError, Overloaded, Peer
 from epd.log import Log
 from epd.microkernel.actor import Answer, Buffer, Mail, Reply
 from epd.microkernel.itemstream import ItemStream
+from epd.microkernel.sockets import tune
 from protocol import events
 from protocol.connection import Connection
 from protocol.frames import MessageTooLarge
@@ -172,6 +173,7 @@ class Link(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=0)  # pause as soon as the socket takes no more
+        tune(transport.get_extra_info("socket"))
         self._timer = self._loop.call_later(self._heartbeat_s, self._tick)
         self.resume_writing()
 

@@ -12,7 +12,8 @@ import socket
 from functools import cache
 from pathlib import Path
 
-UNIX_BUFFER_BYTES = 1 << 20
+SEND_BUFFER_BYTES = 1 << 20
+"""What the kernel may hold of a link's data. More would not be faster, and every small frame would wait behind it."""
 
 
 @cache
@@ -42,7 +43,6 @@ def listen_unix() -> tuple[socket.socket, str]:
     name = f"epd-{secrets.token_hex(12)}"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        tune(listener)
         listener.setblocking(False)
         listener.bind(f"\0{name}")
         listener.listen(256)
@@ -56,7 +56,6 @@ def unix_socket() -> socket.socket:
     """For dialing."""
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     made.setblocking(False)
-    tune(made)
     return made
 
 
@@ -65,7 +64,7 @@ def unix_address(path: str) -> str:
 
 
 def tune(sock: socket.socket) -> None:
-    """Room for bulk data. TCP is left alone: its buffers grow by themselves, and setting them would stop that."""
-    if sock.family == socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER_BYTES)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNIX_BUFFER_BYTES)
+    """Room for bulk data. The receive buffer of TCP is left to the kernel: it grows with the distance."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
