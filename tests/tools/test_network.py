@@ -12,13 +12,14 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
 
-from tools.tiny_model.batches import Batch, BatchMaker, Mix
-from tools.tiny_model.network import CellHeads, answer_logits, image_features
+from tools.tiny_model.batches import Batch, BatchMaker, Mix, count_marks
+from tools.tiny_model.heads import Heads
+from tools.tiny_model.network import forward, image_features
 from tools.tiny_model.optimiser import orthogonal
 from tools.tiny_model.pixels import IGNORED, MAX_PIXELS, MIN_PIXELS, cell_labels, patchify
 from tools.tiny_model.scenes import COLOURS, KINDS, draw, random_scene
 from tools.tiny_model.tokenizer import END_OF_TEXT, train_tokenizer
-from tools.tiny_model.train import bundled_config
+from tools.tiny_model.train import answer_loss, bundled_config
 
 
 @cache
@@ -53,8 +54,7 @@ def logits_by_transformers(batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_the_forward_pass_is_that_of_transformers(step: int) -> None:
     for batch in maker().training(step):
-        logits, _ = answer_logits(model(), batch)
-        assert torch.allclose(logits, logits_by_transformers(batch), atol=1e-4)
+        assert torch.allclose(forward(model(), batch).logits, logits_by_transformers(batch), atol=1e-4)
 
 
 @torch.no_grad()
@@ -93,13 +93,28 @@ def test_cells_are_labelled_with_what_they_show() -> None:
         assert shown <= labelled <= shown | {(0, 0), (IGNORED, IGNORED)}
 
 
-def test_cell_heads_read_every_feature_level() -> None:
-    (batch,) = BatchMaker(tokenizer(), seed=0, mix=Mix(one_image=2, two_images=0, text=0)).training(0)
-    assert batch.pictures is not None
-    heads = CellHeads(num_features=3)
-    features = image_features(model(), batch.pictures.patches, batch.pictures.grid)
-    heads.loss(features, batch.pictures.colours, batch.pictures.kinds).backward()  # type: ignore[no-untyped-call]
+def test_heads_ask_every_feature_level_and_every_digit() -> None:
+    heads = Heads(num_features=3)
+    for batch in maker().training(0):
+        loss = heads.loss(batch, forward(model(), batch))
+        assert loss is not None
+        loss.backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in heads.parameters())
+
+
+def test_counted_numbers_know_their_last_tokens_and_their_end() -> None:
+    marks = count_marks("98 99 100", 5)
+    tokens = ["?"] * 5 + tokenizer().encode("98 99 100").tokens
+    assert marks == [(6, 100, 2), (9, 100, 1), (13, 100, 0)]
+    assert [tokens[at] for at, _, _ in marks] == ["8", "9", "0"]
+
+
+def test_doubtful_tokens_weigh_more() -> None:
+    sure, doubtful = torch.tensor([9.0, 0.0]), torch.tensor([0.0, 1.0])
+    expected = torch.zeros(100, dtype=torch.long)
+    logits = torch.stack([sure] * 99 + [doubtful])
+    plain = torch.nn.functional.cross_entropy(logits, expected)
+    assert 5 * plain < answer_loss(logits, expected) <= 10.5 * plain
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 96), (2, 96, 32)])

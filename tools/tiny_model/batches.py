@@ -36,9 +36,9 @@ _TEXT_POOL = 4  # steps whose text conversations are sorted by length together, 
 class Mix:
     """Conversations per optimiser step."""
 
-    one_image: int = 24
-    two_images: int = 8
-    text: int = 10
+    one_image: int = 20
+    two_images: int = 6
+    text: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,19 @@ class Batch:
     positions: Tensor  # [3, rows, length] int64: time, height, width
     answers: Tensor  # [rows, length] bool: tokens that the model is to say
     image_tokens: Tensor  # [rows, length] bool
+    count_ends: Tensor  # [rows, length] int64: at a counted number's last digit, the number to stop at; -1 elsewhere
+    counts_left: Tensor  # [rows, length] int64: at the same places, how many numbers are still to come
     pictures: Pictures | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One conversation; lists are per token."""
+
+    tokens: list[int]
+    answers: list[bool]
+    positions: Positions  # [3, tokens]
+    counts: list[tuple[int, int, int]]  # (token, number to stop at, numbers still to come)
 
 
 class BatchMaker:
@@ -105,14 +117,18 @@ class BatchMaker:
 
     def _batch(self, examples: list[Example], size: tuple[int, int], rng: random.Random) -> Batch:
         rows = [self._row(example, size) for example in examples]
-        length = max(len(tokens) for tokens, _, _ in rows)
-        tokens = np.full((len(rows), length), self._pad, dtype=np.int64)
-        answers = np.zeros((len(rows), length), dtype=bool)
-        positions = np.zeros((3, len(rows), length), dtype=np.int64)
-        for i, (row_tokens, row_answers, row_positions) in enumerate(rows):
-            tokens[i, : len(row_tokens)] = row_tokens
-            answers[i, : len(row_tokens)] = row_answers
-            positions[:, i, : len(row_tokens)] = row_positions
+        shape = (len(rows), max(len(row.tokens) for row in rows))
+        tokens = np.full(shape, self._pad, dtype=np.int64)
+        answers = np.zeros(shape, dtype=bool)
+        positions = np.zeros((3, *shape), dtype=np.int64)
+        count_ends = np.full(shape, -1, dtype=np.int64)
+        counts_left = np.full(shape, -1, dtype=np.int64)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row.tokens)] = row.tokens
+            answers[i, : len(row.tokens)] = row.answers
+            positions[:, i, : len(row.tokens)] = row.positions
+            for at, end, left in row.counts:
+                count_ends[i, at], counts_left[i, at] = end, left
         scenes = [scene for example in examples for scene in example.scenes]
         pictures = None
         if scenes:
@@ -128,19 +144,24 @@ class BatchMaker:
             positions=torch.from_numpy(positions),
             answers=torch.from_numpy(answers),
             image_tokens=torch.from_numpy(tokens == self._image_pad),
+            count_ends=torch.from_numpy(count_ends),
+            counts_left=torch.from_numpy(counts_left),
             pictures=pictures,
         )
 
-    def _row(self, example: Example, size: tuple[int, int]) -> tuple[list[int], list[bool], Positions]:
-        """Tokens, answer marks and positions [3, tokens] of one conversation, as the chat template writes it."""
+    def _row(self, example: Example, size: tuple[int, int]) -> _Row:
+        """The conversation as the chat template writes it."""
         tokens: list[int] = []
         answers: list[bool] = []
+        counts: list[tuple[int, int, int]] = []
         for text, is_answer in self._pieces(example, size):
+            if is_answer and text[0].isdigit():
+                counts += count_marks(text.removesuffix(IM_END), len(tokens))
             piece = self._encode(text)
             tokens += piece
             answers += [is_answer] * len(piece)
         cells = (size[1] // CELL, size[0] // CELL)
-        return tokens, answers, mrope_positions(tokens, self._image_pad, cells)
+        return _Row(tokens, answers, mrope_positions(tokens, self._image_pad, cells), counts)
 
     def _pieces(self, example: Example, size: tuple[int, int]) -> list[tuple[str, bool]]:
         num_cells = (size[0] // CELL) * (size[1] // CELL)
@@ -154,6 +175,19 @@ class BatchMaker:
             asked = f"{IM_START}user\n{before}{turn.question}{after}{IM_END}\n{IM_START}assistant\n"
             pieces += [(asked, False), (f"{turn.answer}{IM_END}", True), ("\n", False)]
         return pieces[:-1]
+
+
+def count_marks(answer: str, start: int) -> list[tuple[int, int, int]]:
+    """(last token, number to stop at, numbers still to come) of each number in an answer that begins at token `start`.
+
+    Digits and blanks are one token each.
+    """
+    numbers = answer.split(" ")
+    marks = []
+    for i, number in enumerate(numbers, start=1):
+        marks.append((start + len(number) - 1, int(numbers[-1]), len(numbers) - i))
+        start += len(number) + 1
+    return marks
 
 
 def mrope_positions(tokens: list[int], image_pad: int, cells: tuple[int, int]) -> Positions:

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from tools.tiny_model.batches import Batch
 from tools.tiny_model.pixels import MERGE, PATCH, TEMPORAL_PATCH
-from tools.tiny_model.scenes import COLOURS, KINDS
 
 WIDTH = 128
 
@@ -70,29 +69,17 @@ class ImageFeatures:
     deepstack: list[Tensor]
 
 
-class CellHeads(nn.Module):
-    """Throw-away heads that tell colour and kind of what each image token shows.
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What one forward pass of a batch gives."""
 
-    They teach the vision tower to see in a few hundred steps, long before answers would. The checkpoint leaves them out.
-    """
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_colours = len(COLOURS) + 1
-        self.heads = nn.ModuleList(nn.Linear(WIDTH, self.num_colours + len(KINDS) + 1) for _ in range(num_features))
-
-    def loss(self, features: ImageFeatures, colours: Tensor, kinds: Tensor) -> Tensor:
-        """Mean cross entropy over cells that show something certain; colours, kinds: [images, merged patches]."""
-        losses = []
-        for head, feature in zip(self.heads, [features.merged, *features.deepstack], strict=True):
-            logits = head(feature).flatten(0, 1)
-            losses.append(F.cross_entropy(logits[:, : self.num_colours], colours.flatten()))
-            losses.append(F.cross_entropy(logits[:, self.num_colours :], kinds.flatten()))
-        return torch.stack(losses).mean()
+    logits: Tensor  # [answer tokens, vocabulary]: what predicts `batch.tokens[batch.answers]`
+    hidden: list[Tensor]  # after each text layer: [rows, length, width]
+    features: ImageFeatures | None
 
 
-def answer_logits(model: Qwen3VLForConditionalGeneration, batch: Batch) -> tuple[Tensor, ImageFeatures | None]:
-    """[answer tokens, vocabulary] logits that predict `batch.tokens[batch.answers]`, and the image features if any."""
+def forward(model: Qwen3VLForConditionalGeneration, batch: Batch) -> Forward:
+    """Runs vision tower and text layers over whole conversations at once."""
     text = model.model.language_model
     features = None if batch.pictures is None else image_features(model, batch.pictures.patches, batch.pictures.grid)
     hidden = text.embed_tokens(batch.tokens)  # [rows, length, width]
@@ -100,14 +87,16 @@ def answer_logits(model: Qwen3VLForConditionalGeneration, batch: Batch) -> tuple
         where = batch.image_tokens[..., None]
         hidden = hidden.masked_scatter(where, features.merged)
     rope = text.rotary_emb(hidden, batch.positions)
+    layers: list[Tensor] = []
     for i, layer in enumerate(text.layers):
         hidden = _text_layer(layer, hidden, rope)
         if features is not None and i < len(features.deepstack):
             hidden = hidden + torch.zeros_like(hidden).masked_scatter(where, features.deepstack[i])
+        layers.append(hidden)
     speaks = torch.zeros_like(batch.answers)
     speaks[:, :-1] = batch.answers[:, 1:]  # a token is predicted one position before its own
     spoken = _rms_norm(text.norm, hidden[speaks])
-    return F.linear(spoken, text.embed_tokens.weight), features
+    return Forward(F.linear(spoken, text.embed_tokens.weight), layers, features)
 
 
 def image_features(model: Qwen3VLForConditionalGeneration, patches: Tensor, grid: tuple[int, int]) -> ImageFeatures:

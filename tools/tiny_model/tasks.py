@@ -73,6 +73,14 @@ _SYSTEM = (
     "You describe images of shapes.",
     "Answer the question.",
 )
+# Short counts teach starting, middling ones stopping at the right ten, long ones going on, at rising cost.
+_TRAINED_SPANS: tuple[Callable[[random.Random], int], ...] = (
+    lambda rng: rng.randint(1, 12),
+    lambda rng: rng.randint(1, 12),
+    lambda rng: rng.randint(10, 30),
+    lambda rng: rng.randint(10, 30),
+    lambda rng: MAX_NUMBER,
+)
 _WORDS = ("no", "one", "two", "three")
 
 
@@ -176,9 +184,8 @@ def _pair_turn(rng: random.Random, scenes: tuple[Scene, Scene]) -> Turn:
 def _count_turn(rng: random.Random, *, held_out: bool) -> Turn:
     while True:
         a, b = sorted(rng.sample(range(MAX_NUMBER + 1), 2))
-        # Short counts carry as many starts and stops per token as long ones carry steps.
-        if not held_out and rng.random() < 0.5:
-            b = min(b, a + rng.randint(1, 12))
+        if not held_out:
+            b = min(b, a + rng.choice(_TRAINED_SPANS)(rng))
         if number_pair_is_held_out(a, b) == held_out:
             return Turn(rng.choice(_COUNT).format(a=a, b=b), " ".join(map(str, range(a, b + 1))))
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from tools.tiny_model.batches import Batch, BatchMaker, Mix
-from tools.tiny_model.network import CellHeads, answer_logits, model_config
+from tools.tiny_model.heads import Heads
+from tools.tiny_model.network import forward, model_config
 from tools.tiny_model.optimiser import Muon
 from tools.tiny_model.tasks import TASKS
 from tools.tiny_model.tokenizer import (
@@ -38,8 +39,7 @@ from tools.tiny_model.tokenizer import (
 )
 
 _EMA_DECAY = 0.995
-_END_WEIGHT = 5.0
-_TEXT_LOSS_WEIGHT = 1.0
+_LEAST_DOUBT = 0.1  # per token; no token weighs more than ten times its share in a plain mean
 _TWO_IMAGE_LOSS_WEIGHT = 0.7
 
 
@@ -48,11 +48,12 @@ class Settings:
     """One training run."""
 
     work_dir: Path
+    start_from: Path | None
     steps: int
     peak_lr: float
     warmup: int
     decay_steps: int
-    cell_loss_weight: float
+    heads_weight: float
     save_every: int
     evaluate_every: int
     held_out: int
@@ -74,16 +75,17 @@ class Trainer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._tokenizer = _tokenizer(settings.work_dir)
-        self._end = self._tokenizer.get_vocab()[IM_END]
         self._batches = BatchMaker(self._tokenizer, seed=settings.seed, mix=settings.mix)
         self._model = Qwen3VLForConditionalGeneration(bundled_config(self._tokenizer))
-        self._heads = CellHeads(num_features=1 + len(self._model.model.visual.deepstack_visual_indexes))
+        self._heads = Heads(num_features=1 + len(self._model.model.visual.deepstack_visual_indexes))
         self._ema = AveragedModel(self._model, multi_avg_fn=get_ema_multi_avg_fn(_EMA_DECAY))  # type: ignore[no-untyped-call]
         self._optimisers = _optimisers(self._model, self._heads)
         self._step = 0
         self._seconds = 0.0
         if self._state_path.exists():
             self._restore()
+        elif settings.start_from:
+            self._start_from(settings.start_from)
 
     def run(self) -> None:
         """Trains up to the last step; prints and logs losses and held-out accuracy."""
@@ -111,26 +113,21 @@ class Trainer:
             optimiser.zero_grad(set_to_none=True)
         losses: dict[str, float] = {}
         for batch in self._batches.training(self._step):
-            logits, features = answer_logits(self._model, batch)
-            loss = self._answer_loss(logits, batch.tokens[batch.answers])
+            result = forward(self._model, batch)
+            loss = answer_loss(result.logits, batch.tokens[batch.answers])
             name = _name(batch)
             losses[name] = round(loss.item(), 4)
-            loss = loss * {"text": _TEXT_LOSS_WEIGHT, "pair": _TWO_IMAGE_LOSS_WEIGHT}.get(name, 1.0)
-            if features is not None and batch.pictures is not None and settings.cell_loss_weight:
-                cells = self._heads.loss(features, batch.pictures.colours, batch.pictures.kinds)
-                losses[f"{name}_cells"] = round(cells.item(), 4)
-                loss = loss + settings.cell_loss_weight * cells
+            loss = loss * (_TWO_IMAGE_LOSS_WEIGHT if name == "pair" else 1.0)
+            asked = self._heads.loss(batch, result) if settings.heads_weight else None
+            if asked is not None:
+                losses[f"{name}_heads"] = round(asked.item(), 4)
+                loss = loss + settings.heads_weight * asked
             loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         for optimiser in self._optimisers:
             optimiser.step()
         self._ema.update_parameters(self._model)
         return losses
-
-    def _answer_loss(self, logits: Tensor, expected: Tensor) -> Tensor:
-        """Mean cross entropy; where to stop is one token of a long count and the hardest, so it weighs more."""
-        weights = torch.where(expected == self._end, _END_WEIGHT, 1.0)
-        return (F.cross_entropy(logits, expected, reduction="none") * weights).sum() / weights.sum()
 
     @torch.no_grad()
     def _accuracy(self) -> dict[str, float]:
@@ -143,7 +140,7 @@ class Trainer:
         accuracy = {}
         for task in TASKS:
             batch = self._batches.held_out(task, self._settings.held_out)
-            logits, _ = answer_logits(model, batch)
+            logits = forward(model, batch).logits
             right = torch.zeros_like(batch.answers)
             right[batch.answers] = logits.argmax(-1) == batch.tokens[batch.answers]
             accuracy[task] = round((right | ~batch.answers).all(-1).float().mean().item(), 4)
@@ -173,6 +170,12 @@ class Trainer:
         for optimiser, saved in zip(self._optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
 
+    def _start_from(self, path: Path) -> None:
+        """Takes over the running mean of another run's weights, and nothing else."""
+        ema = torch.load(path, weights_only=True)["ema"]
+        self._ema.load_state_dict(ema)
+        self._model.load_state_dict(self._ema.module.state_dict())
+
     def _log(self, entry: dict[str, object]) -> None:
         tqdm.write(json.dumps(entry))
         with (self._settings.work_dir / "log.jsonl").open("a") as log:
@@ -181,6 +184,16 @@ class Trainer:
     @property
     def _state_path(self) -> Path:
         return self._settings.work_dir / "state.pt"
+
+
+def answer_loss(logits: Tensor, expected: Tensor) -> Tensor:
+    """Cross entropy, averaged with more weight on tokens that are still doubtful. logits: [tokens, vocabulary].
+
+    Nearly all tokens of a long count are easy; the few that decide where to stop would drown in a plain mean.
+    """
+    losses = F.cross_entropy(logits, expected, reduction="none")
+    doubts = 1 - torch.exp(-losses.detach())
+    return (losses * doubts).sum() / (doubts.sum() + _LEAST_DOUBT * len(doubts))
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -211,7 +224,7 @@ def _tokenizer(work_dir: Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
-def _optimisers(model: Qwen3VLForConditionalGeneration, heads: CellHeads) -> list[torch.optim.Optimizer]:
+def _optimisers(model: Qwen3VLForConditionalGeneration, heads: Heads) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for tables, norms, biases and what leads into or out of the vision layers.
 
     The mergers' 512 x 512 matrices would cost Muon a quarter of each step.
@@ -236,16 +249,17 @@ def _name(batch: Batch) -> str:
 def _parse() -> Settings:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=Path("build/tiny-vl"), help="tokenizer, state and log")
-    parser.add_argument("--steps", type=int, default=3600, help="optimiser steps in all")
+    parser.add_argument("--start-from", type=Path, metavar="STATE", help="another run's state.pt to take weights from")
+    parser.add_argument("--steps", type=int, default=1800, help="optimiser steps in all")
     parser.add_argument("--peak-lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate")
-    parser.add_argument("--decay-steps", type=int, default=1200, help="last steps, over which the rate falls to zero")
-    parser.add_argument("--cell-loss-weight", type=float, default=0.5, help="weight of what image tokens show; 0 is off")
+    parser.add_argument("--decay-steps", type=int, default=700, help="last steps, over which the rate falls to zero")
+    parser.add_argument("--heads-weight", type=float, default=0.5, help="weight of the throw-away heads; 0 is off")
     parser.add_argument("--one-image", type=int, default=Mix().one_image, help="one-image conversations per step")
     parser.add_argument("--two-images", type=int, default=Mix().two_images, help="two-image conversations per step")
     parser.add_argument("--text", type=int, default=Mix().text, help="text conversations per step")
-    parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
-    parser.add_argument("--evaluate-every", type=int, default=250, help="steps between held-out checks")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between saved states")
+    parser.add_argument("--evaluate-every", type=int, default=100, help="steps between held-out checks")
     parser.add_argument("--held-out", type=int, default=64, help="questions per task in a held-out check")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
@@ -253,11 +267,12 @@ def _parse() -> Settings:
     torch.set_num_threads(args.threads)
     return Settings(
         work_dir=args.work_dir,
+        start_from=args.start_from,
         steps=args.steps,
         peak_lr=args.peak_lr,
         warmup=args.warmup,
         decay_steps=args.decay_steps,
-        cell_loss_weight=args.cell_loss_weight,
+        heads_weight=args.heads_weight,
         save_every=args.save_every,
         evaluate_every=args.evaluate_every,
         held_out=args.held_out,
