@@ -91,12 +91,16 @@ class StageActor(Actor):
                 await asyncio.sleep(0)
 
     async def _sweep(self) -> None:
+        was_idle = False
         while True:
             await asyncio.sleep(SWEEP_S)
             self.sweep(self.clock())
-            if self.is_idle():
+            is_idle = self.is_idle()
+            if is_idle:
                 self._went_idle.set()
-                self._prove()
+                if not was_idle:  # once per pause: a large pool takes milliseconds to prove
+                    self._prove()
+            was_idle = is_idle
             self.wake()
 
     def _prove(self) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from gpu.backend import Stream
+if TYPE_CHECKING:  # a gateway imports this module and needs no kernels
+    from gpu.backend import Stream
+
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -6,7 +6,6 @@ loaded to a running system. Prefill and decode of one process share one weight c
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,15 +215,3 @@ def load(config: ServeConfig, folder: Path, model: ModelConfig, report: Report) 
         backend.close()
         raise
     return parts
-
-
-def fingerprint(config: ServeConfig, folder: Path, model: ModelConfig) -> int:
-    """What all workers of a cluster must agree on: geometry, block size, and that the weights are the same files."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr((model, config.engine.block_size, config.load_format)).encode())
-    if config.load_format != "dummy":
-        for path in sorted(folder.glob("*.safetensors")):
-            digest.update(f"{path.name}:{path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(65536))
-    return int.from_bytes(digest.digest(), "little") >> 1

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from epd.clock import monotonic
-from epd.cluster.build import StageParts, fingerprint, load
+from epd.cluster.fingerprint import fingerprint
 from epd.cluster.membership import Membership
 from epd.config import ServeConfig
 from epd.errors import BadConfig, EpdError, InternalError
@@ -34,6 +35,9 @@ from epd.model.config import ModelConfig, load_model_config
 from epd.model.loader import resolve_model
 from epd.stage import StageActor
 from protocol.messages import Join, WorkerId
+
+if TYPE_CHECKING:
+    from epd.cluster.build import StageParts
 
 FIND_TIMEOUT_S = 5.0
 _log = Log("node")
@@ -138,6 +142,8 @@ class Node:
     async def _load_unless_stopped(self, folder: Path, model: ModelConfig) -> StageParts | None:
         if self._config.roles == ("gateway",):
             return None
+        from epd.cluster.build import load  # brings numba and, in time, torch; a gateway needs neither
+
         return await asyncio.to_thread(load, self._config, folder, model, self._report)
 
     async def _listen(self, system: System) -> None:

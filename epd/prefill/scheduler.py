@@ -52,7 +52,7 @@ class PrefillConfig:
 
 
 class PrefillScheduler:
-    """A request is added once and leaves by `release`, `hand_over` or `abort`."""
+    """A request is added once and leaves by `release` or `abort`."""
 
     def __init__(self, config: PrefillConfig, pool: BlockPool) -> None:
         if min(config.block_size, config.token_budget, config.max_chunk_tokens, config.max_running) < 1:
@@ -153,24 +153,15 @@ class PrefillScheduler:
         return True
 
     def release(self, request_id: RequestId) -> None:
-        """Nobody needs a finished request's blocks any more; unknown requests are no error."""
+        """A finished request's blocks are no longer needed here; leases or a decode scheduler on the same pool may hold them. Unknown
+        requests are no error.
+        """
         request = self._requests.get(request_id)
         if request is None:
             return
         self._require_finished(request)
         self._forget(request)
         self._free(request)
-
-    def hand_over(self, request_id: RequestId) -> list[int]:
-        """Give a finished request's block table, with its references, to a decode scheduler on the same pool."""
-        request = self._requests.get(request_id)
-        if request is None:
-            raise InternalError(f"request {request_id} has no blocks to hand over")
-        self._require_finished(request)
-        self._forget(request)
-        table, request.block_table = request.block_table, []
-        request.state = PrefillState.GONE
-        return table
 
     def expired(self, now: float) -> tuple[RequestId, ...]:
         """Requests whose deadline has passed, for the caller to abort."""

@@ -387,13 +387,15 @@ def test_spare_blocks_are_left_to_decode() -> None:
     assert spans(bench.plan(spare_blocks=12)) == [("a", 0, 16)]
 
 
-def test_a_table_is_handed_over_with_its_references() -> None:
+def test_a_table_outlives_its_prefill_by_the_references_of_others() -> None:
     bench = Bench(num_blocks=16)
     request = bench.add("a", ramp(10))
     with pytest.raises(InternalError, match="not finished"):
-        bench.scheduler.hand_over(request.request_id)
+        bench.scheduler.release(request.request_id)
     bench.step()
-    table = bench.scheduler.hand_over(request.request_id)
+    table = list(request.block_table)
+    bench.pool.take(table)
+    bench.scheduler.release(request.request_id)
     assert len(table) == 3
     assert bench.scheduler.is_idle()
     bench.pool.check_integrity([table])
@@ -556,7 +558,6 @@ def test_counts_tell_what_is_outstanding() -> None:
         (lambda bench: bench.scheduler.embedding_ready(RequestId("a"), 1), BadRequest, "has no image 1"),
         (lambda bench: bench.scheduler.embedding_ready(RequestId("a"), -1), BadRequest, "has no image -1"),
         (lambda bench: bench.scheduler.release(RequestId("a")), InternalError, "not finished"),
-        (lambda bench: bench.scheduler.hand_over(RequestId("b")), InternalError, "no blocks to hand over"),
     ],
 )
 def test_what_cannot_be_is_refused(add: Callable[[Bench], object], error: type[EpdError], message: str) -> None:

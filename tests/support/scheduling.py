@@ -189,7 +189,9 @@ class Cluster:
     def _finish_prefill(self, job: Job, request: PrefillRequest, token: Token) -> None:
         self._take(job, request.num_output_tokens, token)
         if self.sizes.is_shared:
-            table = self.prefill.hand_over(job.request_id)
+            table = list(request.block_table)
+            self.prefill_pool.take(table)
+            self.prefill.release(job.request_id)
             if token.finish_reason:
                 self.prefill_pool.free(table)
             else:

@@ -113,7 +113,7 @@ async def world(
     lease_s: float = 20.0,
     clock: Clock = monotonic,
 ) -> AsyncIterator[World]:
-    """`layout`: worker -> its roles, comma-separated; "gateway" may have some too. Prefill and decode of one worker share a pool."""
+    """`layout`: worker -> its roles, comma-separated; "gateway" may have some. Prefill and decode of one worker share a pool."""
     backend = open_backend()
     names = ["gateway", *(name for name in layout if name != "gateway")]
     try:
