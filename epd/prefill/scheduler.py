@@ -153,7 +153,7 @@ class PrefillScheduler:
         return True
 
     def release(self, request_id: RequestId) -> None:
-        """A finished request's blocks are no longer needed here; leases or a decode scheduler on the same pool may hold them. Unknown
+        """A finished request's blocks are no longer needed here; leases or decode on the same pool may hold them. Unknown
         requests are no error.
         """
         request = self._requests.get(request_id)
