@@ -4,14 +4,15 @@ import pytest
 
 from epd.errors import InternalError
 from epd.gateway.router import TokenRouter
-from epd.microkernel.actor import Mail, Reply
+from epd.microkernel.actor import Mail
+from epd.microkernel.local import TOLD
 from protocol.messages import Leave, Message, RequestId, Token, TokenStep, WorkerId
 
 A, B = RequestId("a"), RequestId("b")
 
 
 def _mail(message: Message) -> Mail:
-    return Mail(message, (), Reply("tell", None), WorkerId("d"))
+    return Mail(message, (), TOLD, WorkerId("d"))
 
 
 async def test_each_token_goes_to_its_attempt_and_to_nobody_else() -> None:
