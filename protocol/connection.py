@@ -165,11 +165,6 @@ class Connection:
         self._next_id += 2
         self._tell_room[actor] = room - 1
 
-    @property
-    def has_ask_room(self) -> bool:
-        """Whether another ask or stream may be sent."""
-        return len(self._asks) + len(self._streams) < self._limits.max_open_asks
-
     def send_ask(
         self, actor: str, message: Message, buffers: Sequence[Buffer] = (), *, into: Sequence[memoryview] | None = None
     ) -> int:

@@ -20,15 +20,18 @@ from epd.microkernel.itemstream import ItemStream
 from epd.microkernel.sockets import tune
 from protocol import events
 from protocol.connection import Connection
-from protocol.frames import MessageTooLarge
+from protocol.frames import DEFAULT_LIMITS, MessageTooLarge
 from protocol.handshake import NONCE_BYTES, Identity, Side
 from protocol.messages import Failed, Message, WorkerId
 
 HEARTBEAT_S: Final = 0.5
 _CHUNKS_PER_TURN: Final = 2  # then reading and everybody else get a turn
+_SURELY_ALONE: Final = 16
 _JOIN_BYTES: Final = 64 << 10  # small frames up to here go to the socket in one piece
 _BACKLOG_BYTES: Final = 8 << 20  # small frames that wait for the socket: asks wait from here on
 _CLOSE_TIMEOUT_S: Final = 1.0
+_MAX_STREAMS: Final = DEFAULT_LIMITS.max_open_asks // 4
+_MAX_ASKS: Final = DEFAULT_LIMITS.max_open_asks - _MAX_STREAMS
 _REFUSALS: Final = frozenset({"wrong_version", "wrong_token", "same_worker"})
 _log = Log("link")
 
@@ -90,6 +93,7 @@ class Link(asyncio.BufferedProtocol):
         self.is_open = False
         self._is_paused = True  # until there is a socket
         self._is_turn_planned = False
+        self._num_alone = 0  # turns in a row in which one thing was sent
         self._asks: dict[int, asyncio.Future[Answer]] = {}
         self._streams: dict[int, ItemStream] = {}
         self._replies: dict[int, Reply] = {}
@@ -107,7 +111,8 @@ class Link(asyncio.BufferedProtocol):
         self, actor: str, message: Message, buffers: Sequence[Buffer], into: Sequence[memoryview] | None
     ) -> tuple[int, asyncio.Future[Answer]]:
         """The future gets the Answer or PeerLost. A Failed answer is an Answer here."""
-        self._check_room()
+        if not self.is_open or len(self._asks) >= _MAX_ASKS:
+            raise self._no_room()
         try:
             ask_id = self._connection.send_ask(actor, message, buffers, into=into)
         except MessageTooLarge as error:
@@ -126,7 +131,8 @@ class Link(asyncio.BufferedProtocol):
     def open_stream(
         self, actor: str, message: Message, buffers: Sequence[Buffer], items: ItemStream, *, window: int
     ) -> _RemoteSource:
-        self._check_room()
+        if not self.is_open or len(self._streams) >= _MAX_STREAMS:
+            raise self._no_room()
         try:
             stream_id = self._connection.send_stream(actor, message, buffers, window=window)
         except MessageTooLarge as error:
@@ -319,15 +325,23 @@ class Link(asyncio.BufferedProtocol):
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def _send_soon(self) -> None:
-        """What is first sent in a turn of the loop goes to the socket at once, whatever follows in that turn goes together."""
+        """What is first sent in a turn of the loop goes to the socket at once, whatever follows in that turn goes together.
+
+        To know when a turn ends costs one. On a link where nothing ever followed, only every so many turns is looked at.
+        """
         if not self._is_turn_planned and not self._is_paused and (pieces := self._data_to_send()):
-            self._is_turn_planned = True
-            self._loop.call_soon(self._end_turn)
+            self._num_alone += 1
             self._write(pieces)
+            is_rest = self._connection.has_data and not self._is_paused
+            if is_rest or self._num_alone < _SURELY_ALONE or self._num_alone % _SURELY_ALONE == 0:
+                self._is_turn_planned = True
+                self._loop.call_soon(self._end_turn)
 
     def _end_turn(self) -> None:
         self._is_turn_planned = False
-        self._send_soon()
+        if self._connection.has_data:
+            self._num_alone = 0
+            self._send_soon()
 
     def _write(self, pieces: list[Buffer]) -> None:
         """Hand the socket what it takes, a little at a time: others want their turn too."""
@@ -395,10 +409,10 @@ class Link(asyncio.BufferedProtocol):
         if not self.is_open:
             raise PeerLost(f"the link to {self.peer!r} is lost")
 
-    def _check_room(self) -> None:
-        self._check_open()
-        if not self._connection.has_ask_room:
-            raise Overloaded(f"too many unfinished asks on the link to {self.peer!r}")
+    def _no_room(self) -> EpdError:
+        if self.is_open:
+            return Overloaded(f"too many unfinished asks on the link to {self.peer!r}")
+        return PeerLost(f"the link to {self.peer!r} is lost")
 
 
 class _RemoteWay:

@@ -215,7 +215,20 @@ class System:
                 answer = copy_into(answer, into)
         else:
             views = None if into is None else [view.cast("B") for view in into]
-            answer = await self._ask_remote(to, message, buffers, timeout_s, views)
+            link = self._live_peers().open_link(to.worker)
+            if link is None or link.is_choked:
+                deadline = self._loop.time() + timeout_s
+                link = await self._ready_link(to.worker, timeout_s)
+                timeout_s = deadline - self._loop.time()
+            ask_id, future = link.ask(to.actor, message, buffers, views)
+            due = self._deadlines.add(future, timeout_s)
+            try:
+                answer = await future
+            except TimeoutError:
+                raise _overdue(to, timeout_s) from None
+            finally:
+                due.discard(future)
+                link.cancel_ask(ask_id)  # does nothing after an answer
             if views is not None and len(answer.buffers) != len(views) and type(answer.message) is not Failed:
                 raise mismatch([len(buffer) for buffer in answer.buffers], views)
         if type(answer.message) is Failed:
@@ -301,24 +314,6 @@ class System:
             raise
         finally:
             due.discard(future)
-
-    async def _ask_remote(
-        self, to: Address, message: Message, buffers: Sequence[Buffer], timeout_s: float, into: Sequence[memoryview] | None
-    ) -> Answer:
-        link = self._live_peers().open_link(to.worker)
-        if link is None or link.is_choked:
-            deadline = self._loop.time() + timeout_s
-            link = await self._ready_link(to.worker, timeout_s)
-            timeout_s = deadline - self._loop.time()
-        ask_id, future = link.ask(to.actor, message, buffers, into)
-        due = self._deadlines.add(future, timeout_s)
-        try:
-            return await future
-        except TimeoutError:
-            raise _overdue(to, timeout_s) from None
-        finally:
-            due.discard(future)
-            link.cancel_ask(ask_id)  # does nothing after an answer
 
     async def _ready_link(self, worker: WorkerId, timeout_s: float) -> Link:
         """An open link whose other end reads."""

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from epd.errors import DeadlineExceeded, PeerLost, Refused
+from epd.errors import DeadlineExceeded, Overloaded, PeerLost, Refused
 from epd.microkernel.system import System
 from protocol.frames import HEADER, Kind
 from protocol.handshake import hello_id
@@ -252,6 +252,20 @@ async def test_a_reset_is_a_lost_link() -> None:
             stranger.connect((b.endpoint.host, b.endpoint.port))
             await until(lambda: len(b._live_peers()._links) == 1)
         await until(lambda: len(b._live_peers()._links) == 0)
+
+
+async def test_asks_of_one_link_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("epd.microkernel.link._MAX_ASKS", 2)
+    async with running("a", "b") as (a, b):
+        recorder = Recorder()
+        to = await b.register("recorder", recorder)
+        asks = [asyncio.ensure_future(a.ask(to, ReleaseLease(i), timeout_s=WAIT_S)) for i in range(2)]
+        mails = [await recorder.mail(0), await recorder.mail(1)]
+        with pytest.raises(Overloaded, match="too many"):
+            await a.ask(to, ReleaseLease(2), timeout_s=WAIT_S)
+        for mail in mails:
+            mail.reply.send(mail.message)
+        await asyncio.gather(*asks)
 
 
 async def test_a_stopped_system_refuses_to_dial() -> None:
