@@ -74,6 +74,7 @@ class Connection:
         self.get_buffer: Final = self._reader.get_buffer
         self.data_to_send: Final = self._writer.data_to_send
         self._send: Final = self._writer.send
+        self._bulk: Final = self._writer.turns
         self._own_hello = hello_body(side, identity, nonce)
         self._peer_hello = b""
         self._next_id = 1 if side is Side.DIALER else 2  # odd: the dialer's, even: the listener's
@@ -240,6 +241,11 @@ class Connection:
     def has_data(self) -> bool:
         """Whether data_to_send() would return anything."""
         return self._writer.has_data
+
+    @property
+    def has_bulk(self) -> bool:
+        """Whether a chunk of a large message is due."""
+        return bool(self._bulk)
 
     @property
     def backlog_bytes(self) -> int:

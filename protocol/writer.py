@@ -26,7 +26,7 @@ class FrameWriter:
         self._small: list[Buffer] = []
         self._small_bytes = 0
         self._transfers: dict[int, _Transfer] = {}  # every unfinished one; announced or waiting
-        self._turns: deque[_Transfer] = deque()  # announced: a chunk is due
+        self.turns: deque[_Transfer] = deque()  # announced: a chunk is due
         self._waiting: deque[_Transfer] = deque()  # not announced yet: enough is in transit
         self._transit_bytes = 0
 
@@ -61,7 +61,7 @@ class FrameWriter:
         if transfer in self._waiting:
             self._waiting.remove(transfer)
             return
-        self._turns.remove(transfer)
+        self.turns.remove(transfer)
         self._transit_bytes -= transfer.total
         self._queue((HEADER.pack(_ABANDON, 0, 0, 0, frame_id),))
         self._announce()
@@ -69,7 +69,7 @@ class FrameWriter:
     def stop(self) -> None:
         """Send nothing more of messages in transit; what is whole and small still goes out."""
         self._transfers.clear()
-        self._turns.clear()
+        self.turns.clear()
         self._waiting.clear()
         self._transit_bytes = 0
 
@@ -77,13 +77,13 @@ class FrameWriter:
         """All small frames, then at most one chunk. Empty: there is nothing to send."""
         out, self._small = self._small, []
         self._small_bytes = 0
-        if self._turns:
-            transfer = self._turns.popleft()
+        if self.turns:
+            transfer = self.turns.popleft()
             count = min(self._chunk_bytes, transfer.left)
             out.append(HEADER.pack(_DATA, 0, 0, count, transfer.id))
             transfer.take(count, out)
             if transfer.left:
-                self._turns.append(transfer)
+                self.turns.append(transfer)
             else:
                 self._finish(transfer)
         return out
@@ -94,7 +94,7 @@ class FrameWriter:
 
     @property
     def has_data(self) -> bool:
-        return bool(self._small or self._turns)
+        return bool(self._small or self.turns)
 
     @property
     def num_transfers(self) -> int:
@@ -115,13 +115,13 @@ class FrameWriter:
 
     def _announce(self) -> None:
         limits = self._limits
-        while self._waiting and len(self._turns) < limits.max_transfers:
+        while self._waiting and len(self.turns) < limits.max_transfers:
             transfer = self._waiting[0]
             if self._transit_bytes + transfer.total > limits.max_transit_bytes:
                 return
             self._waiting.popleft()
             self._transit_bytes += transfer.total
-            self._turns.append(transfer)
+            self.turns.append(transfer)
             self._queue((transfer.header,))
 
     def _finish(self, transfer: _Transfer) -> None:

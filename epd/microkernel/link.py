@@ -91,7 +91,7 @@ class Link(asyncio.BufferedProtocol):
         self._pinged_at = 0.0
         self._is_lost = False
         self.is_open = False
-        self._is_paused = True  # until there is a socket
+        self.is_paused = True  # until there is a socket
         self._is_turn_planned = False
         self._num_alone = 0  # turns in a row in which one thing was sent
         self._asks: dict[int, asyncio.Future[Answer]] = {}
@@ -159,8 +159,8 @@ class Link(asyncio.BufferedProtocol):
 
     @property
     def is_choked(self) -> bool:
-        """The other end does not read: wait with drained() before sending more."""
-        return self._is_paused and self._connection.backlog_bytes > _BACKLOG_BYTES
+        """The other end does not read: wait with drained() before sending more. Never while not `is_paused`."""
+        return self.is_paused and self._connection.backlog_bytes > _BACKLOG_BYTES
 
     async def drained(self, timeout_s: float) -> None:
         """Wait until everything sent has been handed to the socket. Raises Overloaded, PeerLost."""
@@ -195,11 +195,11 @@ class Link(asyncio.BufferedProtocol):
         return False
 
     def pause_writing(self) -> None:
-        self._is_paused = True
+        self.is_paused = True
 
     def resume_writing(self) -> None:
         if not self._is_lost:
-            self._is_paused = False
+            self.is_paused = False
             self._send_soon()
             self._wake_drained()
 
@@ -295,7 +295,7 @@ class Link(asyncio.BufferedProtocol):
             return
         self._is_lost = True
         self.is_open = False
-        self._is_paused = True
+        self.is_paused = True
         if self._timer is not None:
             self._timer.cancel()
         self._connection.close("lost", error.message)  # lets go of registered views
@@ -329,11 +329,10 @@ class Link(asyncio.BufferedProtocol):
 
         To know when a turn ends costs one. On a link where nothing ever followed, only every so many turns is looked at.
         """
-        if not self._is_turn_planned and not self._is_paused and (pieces := self._data_to_send()):
+        if not self._is_turn_planned and not self.is_paused and (pieces := self._data_to_send()):
             self._num_alone += 1
             self._write(pieces)
-            is_rest = self._connection.has_data and not self._is_paused
-            if is_rest or self._num_alone < _SURELY_ALONE or self._num_alone % _SURELY_ALONE == 0:
+            if self._connection.has_bulk or self._num_alone < _SURELY_ALONE or self._num_alone % _SURELY_ALONE == 0:
                 self._is_turn_planned = True
                 self._loop.call_soon(self._end_turn)
 
@@ -359,12 +358,14 @@ class Link(asyncio.BufferedProtocol):
                     transport.write(b"".join(pieces))
                 else:
                     transport.writelines(pieces)
-            if not left or self._is_paused or not (pieces := self._data_to_send()):
+            if not left or self.is_paused or not self._connection.has_bulk:
                 break
-        self._wake_drained()
+            pieces = self._data_to_send()
+        if self._drain_waiters:
+            self._wake_drained()
 
     def _wake_drained(self) -> None:
-        if self._drain_waiters and self._is_drained:
+        if self._is_drained:
             waiters, self._drain_waiters = self._drain_waiters, []
             for waiter in waiters:
                 if not waiter.done():
@@ -373,7 +374,7 @@ class Link(asyncio.BufferedProtocol):
     @property
     def _is_drained(self) -> bool:
         """The socket has been handed everything."""
-        return not (self._is_paused or self._connection.has_data)
+        return not (self.is_paused or self._connection.has_data)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 

@@ -63,17 +63,13 @@ class Peers:
         self._token = token
         self._heartbeat_s = heartbeat_s
         self._peers: dict[WorkerId, _Peer] = {}
+        self.open_links: Final[dict[WorkerId, Link]] = {}  # for reading
         self._links: set[Link] = set()  # all of them, in whatever state
         self._opening: dict[Link, asyncio.Future[Identity]] = {}  # dials, until they open or fail
         self._tasks = TaskOwner()
         self._is_closed = False
 
     # --- use --------------------------------------------------------------------------------------------------------
-
-    def open_link(self, worker: WorkerId) -> Link | None:
-        """The open link, if there is one."""
-        peer = self._peers.get(worker)
-        return None if peer is None else peer.link
 
     async def link(self, worker: WorkerId, *, timeout_s: float) -> Link:
         """The open link; dialled if need be.
@@ -171,6 +167,7 @@ class Peers:
             own_dial.abort()
         if peer.link is not None and peer.link is not link:
             peer.link.abort()
+        self.open_links[identity.worker] = link
         peer.link, peer.instance, peer.endpoint, peer.backoff_s = link, identity.instance, identity.endpoint, 0.0
         if (opening := self._opening.get(link)) is not None and not opening.done():
             opening.set_result(identity)
@@ -186,6 +183,7 @@ class Peers:
             opening.set_exception(_Duplicate(error.message) if code == _DUPLICATE else error)
         elif peer is not None and peer.link is link:
             peer.link = None
+            del self.open_links[link.peer]
             _log.debug("link lost", peer=link.peer, code=code, reason=error.message)
             self._host.peer_lost(link.peer)
         elif code not in ("reset", _DUPLICATE, "aborted"):

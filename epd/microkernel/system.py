@@ -61,6 +61,7 @@ class System:
         self._tasks = TaskOwner()
         self._endpoint: Endpoint | None = None
         self._peers: Peers | None = None
+        self._open_links: dict[WorkerId, Link] = {}  # the peers' own
         self.num_dropped_tells = 0  # to actors that are not here
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -82,6 +83,7 @@ class System:
         )
         identity = Identity(self.worker, secrets.randbits(63), self._roles, self._endpoint)
         peers = self._peers = Peers(self, identity=identity, token=self._token, heartbeat_s=self._heartbeat_s)
+        self._open_links = peers.open_links
         self._servers.append(await self._loop.create_server(lambda: peers.incoming("tcp"), sock=tcp))
         if unix is not None:
             self._servers.append(await self._loop.create_unix_server(lambda: peers.incoming("unix"), sock=unix))
@@ -215,8 +217,8 @@ class System:
                 answer = copy_into(answer, into)
         else:
             views = None if into is None else [view.cast("B") for view in into]
-            link = self._live_peers().open_link(to.worker)
-            if link is None or link.is_choked:
+            link = self._open_links.get(to.worker)
+            if link is None or (link.is_paused and link.is_choked):
                 deadline = self._loop.time() + timeout_s
                 link = await self._ready_link(to.worker, timeout_s)
                 timeout_s = deadline - self._loop.time()
@@ -224,11 +226,13 @@ class System:
             due = self._deadlines.add(future, timeout_s)
             try:
                 answer = await future
-            except TimeoutError:
-                raise _overdue(to, timeout_s) from None
+            except BaseException as error:
+                link.cancel_ask(ask_id)
+                if isinstance(error, TimeoutError):
+                    raise _overdue(to, timeout_s) from None
+                raise
             finally:
                 due.discard(future)
-                link.cancel_ask(ask_id)  # does nothing after an answer
             if views is not None and len(answer.buffers) != len(views) and type(answer.message) is not Failed:
                 raise mismatch([len(buffer) for buffer in answer.buffers], views)
         if type(answer.message) is Failed:
@@ -318,8 +322,7 @@ class System:
     async def _ready_link(self, worker: WorkerId, timeout_s: float) -> Link:
         """An open link whose other end reads."""
         deadline = self._loop.time() + timeout_s
-        peers = self._live_peers()
-        link = peers.open_link(worker) or await peers.link(worker, timeout_s=timeout_s)
+        link = self._open_links.get(worker) or await self._live_peers().link(worker, timeout_s=timeout_s)
         if link.is_choked:
             await link.drained(deadline - self._loop.time())
         return link

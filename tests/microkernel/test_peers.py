@@ -191,7 +191,7 @@ async def test_a_hung_worker_is_given_up_after_missed_heartbeats() -> None:
         a.watch(b.worker, lost.append)
         ask = asyncio.ensure_future(a.ask(to, ReleaseLease(1), timeout_s=WAIT_S))
         await recorder.mail()
-        link = b._live_peers().open_link(a.worker)
+        link = b._open_links.get(a.worker)
         assert link is not None
         assert link._transport is not None
         assert link._timer is not None

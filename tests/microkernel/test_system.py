@@ -396,7 +396,7 @@ async def test_losing_the_link_answers_both_ends() -> None:
         ask = asyncio.ensure_future(asker.ask(to, ReleaseLease(1), timeout_s=WAIT_S))
         stream = asyncio.ensure_future(anext(asker.stream(to, ReleaseLease(2), timeout_s=WAIT_S)))
         mails = [await recorder.mail(0), await recorder.mail(1)]
-        link = host._live_peers().open_link(asker.worker)
+        link = host._open_links.get(asker.worker)
         assert link is not None
         link.abort()
         for waiting in (ask, stream):
