@@ -26,8 +26,8 @@ def _logits(seed: int, rows: int = 1, vocab: int = 50, *, ties: bool = False) ->
     return np.round(logits).astype(np.float32) if ties else logits
 
 
-def _reference_weights(logits: Floats, request: SampleRequest) -> dict[int, float]:
-    """Token id -> weight of all that may be drawn, by definition and one number at a time."""
+def _reference_values(logits: Floats, request: SampleRequest) -> dict[int, np.float32]:
+    """Token id -> logit after penalties and bias."""
     sampling = request.sampling
     values = {i: np.float32(v) for i, v in enumerate(logits)}
     output = request.output_token_ids.tolist()
@@ -39,6 +39,12 @@ def _reference_weights(logits: Floats, request: SampleRequest) -> dict[int, floa
         values[i] -= np.float32(sampling.frequency_penalty) * count + np.float32(sampling.presence_penalty)
     for i, bias in sampling.logit_bias:
         values[i] += np.float32(bias)
+    return values
+
+
+def _reference_weights(logits: Floats, request: SampleRequest) -> dict[int, float]:
+    """Token id -> weight of all that may be drawn, by definition and one number at a time."""
+    sampling, values = request.sampling, _reference_values(logits, request)
     ranked = sorted(values, key=lambda i: (-values[i], i))
     if sampling.temperature < 1e-5:
         return {ranked[0]: 1.0}
@@ -87,6 +93,16 @@ def test_equals_the_reference(sampling: Sampling, seed: int, prompt: list[int], 
     weights = _reference_weights(logits[0], request)
     expected = _reference_draw(weights, uniform(sampling.seed, len(output)))
     assert sample(logits.copy(), [request])[0].token_id == expected
+
+
+@given(samplings, st.integers(0, 1000), st.lists(st.integers(0, 49), max_size=8), st.lists(st.integers(0, 49), max_size=8))
+def test_penalties_and_bias_are_exact(sampling: Sampling, seed: int, prompt: list[int], output: list[int]) -> None:
+    """Seen in the logits themselves, since a draw hides small mistakes."""
+    logits = _logits(seed)
+    request = _request(sampling, prompt, output)
+    expected = _reference_values(logits[0], request)
+    sample(logits, [request])
+    np.testing.assert_array_equal(logits[0], np.array([expected[i] for i in range(50)], np.float32))
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.999, 1.0])
