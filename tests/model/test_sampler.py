@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epd.model.sampler import sample, uniform
+from epd.model.sampler import _draw, sample, uniform
 from epd.step import SampleRequest
 from protocol.messages import Sampling, Token
 
@@ -93,6 +93,25 @@ def test_equals_the_reference(sampling: Sampling, seed: int, prompt: list[int], 
     weights = _reference_weights(logits[0], request)
     expected = _reference_draw(weights, uniform(sampling.seed, len(output)))
     assert sample(logits.copy(), [request])[0].token_id == expected
+
+
+@given(
+    st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0.3, 0.7, 1.0]), st.sampled_from([0, 7]), st.sampled_from([0.0, 0.02, 0.3])
+)
+def test_every_share_is_as_wide_as_the_reference_says(temperature: float, top_p: float, top_k: int, min_p: float) -> None:
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    for seed in range(4):
+        logits = _logits(seed, ties=seed == 3)
+        weights = _reference_weights(logits[0], _request(sampling))
+        for noise in np.linspace(0.0005, 0.9995, 200).tolist():
+            assert _draw(logits[0], sampling, noise) == _reference_draw(weights, noise)
+
+
+@pytest.mark.parametrize(("top_p", "count"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4)])
+def test_a_nucleus_ends_with_the_token_that_reaches_it(top_p: float, count: int) -> None:
+    logits = np.array([-90, 1, 1, -90, 1, 1], np.float32)
+    drawn = {_draw(logits, Sampling(top_p=top_p), noise) for noise in np.linspace(0, 0.999, 100).tolist()}
+    assert drawn == set([1, 2, 4, 5][:count])
 
 
 @given(samplings, st.integers(0, 1000), st.lists(st.integers(0, 49), max_size=8), st.lists(st.integers(0, 49), max_size=8))
