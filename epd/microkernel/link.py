@@ -10,6 +10,7 @@ import asyncio
 import secrets
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol, assert_never, cast
 
@@ -179,7 +180,8 @@ class Link(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=0)  # pause as soon as the socket takes no more
-        tune(transport.get_extra_info("socket"))
+        with suppress(OSError):  # the peer may have gone already, which is noticed by itself
+            tune(transport.get_extra_info("socket"))
         self._timer = self._loop.call_later(self._heartbeat_s, self._tick)
         self.resume_writing()
 

@@ -12,8 +12,10 @@ import socket
 from functools import cache
 from pathlib import Path
 
-SEND_BUFFER_BYTES = 1 << 20
-"""What the kernel may hold of a link's data. More would not be faster, and every small frame would wait behind it."""
+SEND_BUFFER_BYTES = 256 << 10
+"""What the kernel may hold of a link's data before it is on its way. Small frames wait behind it, and more is not faster."""
+
+_TCP_NOTSENT_LOWAT = 25  # <linux/tcp.h>; socket has no name for it before Python 3.12
 
 
 @cache
@@ -64,7 +66,16 @@ def unix_address(path: str) -> str:
 
 
 def tune(sock: socket.socket) -> None:
-    """Room for bulk data. The receive buffer of TCP is left to the kernel: it grows with the distance."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-    if sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    """Keep the kernel's share of the queue short, for a connected socket.
+
+    Within a host nothing is in flight: the send buffer is bounded. To another host it has to hold what is in flight, which grows
+    with the distance: only what has not been sent yet is bounded.
+    """
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if sock.getsockname()[0] == sock.getpeername()[0]:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    else:
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, SEND_BUFFER_BYTES)
