@@ -1,19 +1,16 @@
 """Message bodies: msgspec structs <-> msgpack bytes, typed by the one union of all messages.
 
-A body that is not one of them is a ProtocolError, whatever is wrong with it.
+A body that is not one of them makes a decoder raise one of UNREADABLE; the Connection closes the link for it.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Final, TypeVar
+from collections.abc import Callable
+from typing import Final
 
 import msgspec
 
-from protocol.frames import ProtocolError
 from protocol.messages import AnyMessage, Failed, Message, Part
-
-_T = TypeVar("_T")
 
 
 class Envelope(Part, frozen=True):
@@ -42,27 +39,15 @@ _encoder: Final = msgspec.msgpack.Encoder()
 encode: Final = _encoder.encode
 
 
-def decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | memoryview) -> _T:
-    """What the decoder makes of a body; one error whatever is wrong with it."""
-    try:
-        return decoder.decode(body)
-    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
-        raise ProtocolError("bad_message", str(error)) from None
+UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError)
+"""What a decoder raises for a body that is none of its own, whatever is wrong with it."""
 
-
-_message_decoder: Final[msgspec.msgpack.Decoder[Message]] = msgspec.msgpack.Decoder(AnyMessage)
-_envelope_decoder: Final = msgspec.msgpack.Decoder(Envelope)
-_credit_decoder: Final = msgspec.msgpack.Decoder(Credit)
-_goodbye_decoder: Final = msgspec.msgpack.Decoder(Goodbye)
-_failed_decoder: Final = msgspec.msgpack.Decoder(Failed)
+decode_message: Final[Callable[[bytes | memoryview], Message]] = msgspec.msgpack.Decoder(AnyMessage).decode
+decode_envelope: Final = msgspec.msgpack.Decoder(Envelope).decode
+decode_credit: Final = msgspec.msgpack.Decoder(Credit).decode
+decode_goodbye: Final = msgspec.msgpack.Decoder(Goodbye).decode
+decode_failed: Final = msgspec.msgpack.Decoder(Failed).decode
 
 
 def encode_envelope(actor: str, message: Message, window: int = 0) -> bytes:
     return encode(Envelope(actor, message, window))  # type: ignore[arg-type]  # the union is checked where it is read
-
-
-decode_message: Final = partial(decode, _message_decoder)
-decode_envelope: Final = partial(decode, _envelope_decoder)
-decode_credit: Final = partial(decode, _credit_decoder)
-decode_goodbye: Final = partial(decode, _goodbye_decoder)
-decode_failed: Final = partial(decode, _failed_decoder)

@@ -99,18 +99,22 @@ class Connection:
         if self.state is State.CLOSED:
             return []
         found: list[Event] = []
+        reader = self._reader
         try:
-            for frame in self._reader.buffer_updated(num_bytes):
+            reader.buffer_updated(num_bytes)
+            while (frame := reader.next_frame()) is not None:
                 handler = self._handlers.get(frame.kind)
                 if handler is None:
                     raise ProtocolError("bad_frame", f"{Kind(frame.kind).name} in state {self.state.value!r}")
                 event = handler(frame)
                 if event is not None:
                     found.append(event)
-                    if type(event) is events.Closed:
-                        break
+                if reader.is_empty or not self._handlers:
+                    break
         except ProtocolError as error:
             found.append(self.close(error.code, error.reason))
+        except codec.UNREADABLE as error:
+            found.append(self.close("bad_message", str(error)))
         return found
 
     def tick(self) -> list[Event]:

@@ -15,7 +15,7 @@ from enum import Enum
 
 import msgspec
 
-from protocol.codec import decode, encode
+from protocol.codec import encode
 from protocol.frames import HELLO_MAGIC, VERSION, ProtocolError
 from protocol.messages import Endpoint, Part, WorkerId
 
@@ -49,7 +49,7 @@ class Hello(Part, frozen=True):
     nonce: bytes
 
 
-_hello_decoder = msgspec.msgpack.Decoder(Hello)
+_decode_hello = msgspec.msgpack.Decoder(Hello).decode
 
 
 def hello_body(side: Side, identity: Identity, nonce: bytes) -> bytes:
@@ -63,13 +63,16 @@ def hello_id(version: int = VERSION) -> int:
 
 
 def read_hello(frame_id: int, body: bytes | memoryview, *, own: Side, identity: Identity, expected: WorkerId | None) -> Identity:
-    """The peer's identity, if this end can talk to it at all. The version is looked at before the body is."""
+    """The peer's identity, if this end can talk to it at all. The version is looked at before the body is.
+
+    Raises ProtocolError, or UNREADABLE as any decoder.
+    """
     if frame_id & ~0xFFFFFFFF != HELLO_MAGIC:
         raise ProtocolError("bad_frame", "this is no epd peer")
     version = frame_id & 0xFFFFFFFF
     if version != VERSION:
         raise ProtocolError("wrong_version", f"this end speaks protocol version {VERSION}, the other {version}")
-    hello = decode(_hello_decoder, body)
+    hello = _decode_hello(body)
     peer = hello.identity
     if hello.side != own.other.value or len(hello.nonce) != NONCE_BYTES:
         raise ProtocolError("bad_frame", f"HELLO of a {hello.side!r} with a nonce of {len(hello.nonce)} bytes")

@@ -9,7 +9,7 @@ Knows frames and limits. Does not know connection states or what a body means: `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
 import msgspec
@@ -61,6 +61,8 @@ class FrameReader:
         self._transit_bytes = 0
         self._direct: _Transfer | None = None  # whose chunk is being received
         self._chunk_left = 0
+        self._finished: _Transfer | None = None  # complete, and not given out yet
+        self.is_empty = True
         self.only_handshake = True
 
     def get_buffer(self, sizehint: int = -1) -> memoryview:
@@ -79,21 +81,49 @@ class FrameReader:
             return self._scratch[self._end : _SCRATCH_BYTES_IN_TRANSIT]
         return self._scratch[self._end :]
 
-    def buffer_updated(self, num_bytes: int) -> Iterable[Frame]:
-        """The frames that `num_bytes` more bytes complete, each cut out only when the one before has been dealt with.
-
-        Their scratch memory is reused by the next get_buffer().
-        """
+    def buffer_updated(self, num_bytes: int) -> None:
+        """`num_bytes` more bytes are in the last get_buffer(). Call next_frame() until it returns None, or `is_empty`."""
+        self.is_empty = False
         transfer = self._direct
         if transfer is None:
             self._end += num_bytes
-            return self._parse()
+            return
         transfer.advance(num_bytes)
         self._chunk_left -= num_bytes
-        if self._chunk_left:
-            return ()
-        self._direct = None
-        return () if transfer.left else (self._finish(transfer),)
+        if not self._chunk_left:
+            self._direct = None
+            if not transfer.left:
+                self._finished = transfer
+
+    def next_frame(self) -> Frame | None:
+        """The next complete frame. Its scratch memory is reused by the next get_buffer()."""
+        if self._finished is not None:
+            finished, self._finished = self._finished, None
+            return self._finish(finished)
+        scratch, end = self._scratch, self._end
+        while end - (pos := self._start) >= HEADER_BYTES and self._direct is None:
+            kind, flags, num_buffers, body_bytes, frame_id = HEADER.unpack_from(scratch, pos)
+            if self.only_handshake and kind > _GOODBYE:
+                raise ProtocolError("bad_frame", f"frame kind {kind} before the handshake")
+            start = pos + HEADER_BYTES
+            if not (flags or num_buffers) and kind in PLAIN_KINDS and body_bytes <= self._limits.max_inline_bytes:
+                # What nearly every frame is: all its checks in one line.
+                stop = start + body_bytes
+                if end < stop:
+                    return None
+                self._start = stop
+                self.is_empty = stop == end
+                return Frame(kind, frame_id, scratch[start:stop], ())
+            check_header(kind, flags, num_buffers, body_bytes, self._limits)
+            if kind == _DATA:
+                transfer = self._take_chunk(frame_id, body_bytes, start)
+                if not transfer.left:
+                    return self._finish(transfer)
+                continue
+            frame = self._take_frame(kind, flags, num_buffers, body_bytes, frame_id)
+            if frame is not None or self._start == pos:
+                return frame
+        return None
 
     def discard(self, transfer_id: int) -> None:
         """Nobody wants the payload of this id any more; its memory is not touched again."""
@@ -106,58 +136,36 @@ class FrameReader:
         for transfer in self._transfers.values():
             transfer.discard()
         self._transfers.clear()
-        self._direct = None
+        self._direct = self._finished = None
         self._start = self._end = 0
 
     @property
     def num_transfers(self) -> int:
         return len(self._transfers)
 
-    def _parse(self) -> Iterator[Frame]:
-        scratch, end = self._scratch, self._end
-        while end - (pos := self._start) >= HEADER_BYTES:
-            kind, flags, num_buffers, body_bytes, frame_id = HEADER.unpack_from(scratch, pos)
-            if self.only_handshake and kind > _GOODBYE:
-                raise ProtocolError("bad_frame", f"frame kind {kind} before the handshake")
-            if not (flags or num_buffers) and kind in PLAIN_KINDS and body_bytes <= self._limits.max_inline_bytes:
-                # What nearly every frame is: all its checks in one line.
-                start = pos + HEADER_BYTES
-                stop = start + body_bytes
-                if end < stop:
-                    return
-                self._start = stop
-                yield Frame(kind, frame_id, scratch[start:stop], ())
-                continue
-            check_header(kind, flags, num_buffers, body_bytes, self._limits)
-            if kind == _DATA:
-                transfer = self._take_chunk(frame_id, body_bytes, pos + HEADER_BYTES)
-                if self._direct is not None:
-                    return
-                if not transfer.left:
-                    yield self._finish(transfer)
-                continue
-            start = pos + HEADER_BYTES + 4 * num_buffers
-            if num_buffers:
-                if end < start:
-                    return
-                sizes = unpack_sizes(scratch, pos + HEADER_BYTES, num_buffers)
-            else:
-                sizes = ()
-            total = check_sizes(flags, body_bytes, sizes, self._limits)
-            if flags & FLAG_DEFERRED:
-                self._start = start
-                self._open_transfer(kind, frame_id, body_bytes, sizes, total)
-                continue
-            if end < start + total:
-                return
-            self._start = start + total
-            body = scratch[start : start + body_bytes]
-            if kind == _ABANDON:
-                self._abandon(frame_id)
-            elif num_buffers:
-                yield self._cut(kind, frame_id, body, sizes, start + body_bytes)
-            else:
-                yield Frame(kind, frame_id, body, ())
+    def _take_frame(self, kind: int, flags: int, num_buffers: int, body_bytes: int, frame_id: int) -> Frame | None:
+        """Any frame but DATA. None if it has not arrived whole, or was for the reader itself: then it has been taken."""
+        start = self._start + HEADER_BYTES + 4 * num_buffers
+        sizes: tuple[int, ...] = ()
+        if num_buffers:
+            if self._end < start:
+                return None
+            sizes = unpack_sizes(self._scratch, self._start + HEADER_BYTES, num_buffers)
+        total = check_sizes(flags, body_bytes, sizes, self._limits)
+        if flags & FLAG_DEFERRED:
+            self._start = start
+            self._open_transfer(kind, frame_id, body_bytes, sizes, total)
+            return None
+        if self._end < start + total:
+            return None
+        self._start = start + total
+        body = self._scratch[start : start + body_bytes]
+        if kind == _ABANDON:
+            self._abandon(frame_id)
+            return None
+        if num_buffers:
+            return self._cut(kind, frame_id, body, sizes, start + body_bytes)
+        return Frame(kind, frame_id, body, ())
 
     def _cut(self, kind: int, frame_id: int, body: memoryview, sizes: Sequence[int], pos: int) -> Frame:
         """An inline message with buffers, copied out of the scratch buffer."""

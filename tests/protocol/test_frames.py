@@ -269,7 +269,7 @@ def test_too_much_is_refused_before_any_of_it_is_sent() -> None:
 )
 def test_a_body_that_is_no_message_is_the_one_error(body: bytes) -> None:
     for decode in (codec.decode_message, codec.decode_envelope, codec.decode_credit, codec.decode_goodbye, codec.decode_failed):
-        with pytest.raises(ProtocolError):
+        with pytest.raises(codec.UNREADABLE):
             decode(body)
 
 
