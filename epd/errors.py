@@ -162,6 +162,13 @@ class RemoteError(EpdError):
     """A code that this version does not know."""
 
 
+class RetryableRemoteError(RemoteError):
+    """The same, of which the other end says that another worker may succeed."""
+
+    retryable = True
+
+
 def from_wire(failed: Failed) -> EpdError:
     """The exception that a `Failed` message stands for."""
-    return _BY_CODE.get(failed.code, RemoteError)(failed.message)
+    unknown = RetryableRemoteError if failed.retryable else RemoteError
+    return _BY_CODE.get(failed.code, unknown)(failed.message)

@@ -34,6 +34,8 @@ def test_a_code_of_a_newer_version_keeps_what_it_says() -> None:
     back = from_wire(Failed(code="from the future", message="why"))
     assert isinstance(back, errors.RemoteError)
     assert back.message == "why"
+    assert not back.retryable
+    assert from_wire(Failed(code="from the future", message="why", retryable=True)).retryable
 
 
 def test_whose_fault_it_is_shows_in_the_status() -> None:

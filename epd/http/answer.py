@@ -6,12 +6,13 @@ The engine's generators are closed as soon as the answer ends, fails or the clie
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from aiohttp import web
+
+import msgspec
 
 from epd.errors import EpdError, InternalError
 from epd.gateway.engine import Engine
@@ -119,7 +120,7 @@ async def _merged(sources: Sequence[AsyncGenerator[Delta, None]], num_choices: i
         try:
             async with aclosing(source):
                 async for delta in source:
-                    await queue.put(dataclasses.replace(delta, index=prompt * num_choices + delta.index))
+                    await queue.put(msgspec.structs.replace(delta, index=prompt * num_choices + delta.index))
         except Exception as error:
             await queue.put(error)
         else:
