@@ -10,9 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from aiohttp import web
-
 import msgspec
+from aiohttp import web
 
 from epd.errors import EpdError, InternalError
 from epd.gateway.engine import Engine
