@@ -1,0 +1,157 @@
+"""The official client, unchanged, against a cluster of processes."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image, ImageDraw
+
+from tests.support.cluster import MODEL_NAME, ProcessCluster
+
+
+@pytest.fixture
+def client(cluster: ProcessCluster) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
+    cluster.wait_until_idle()
+
+
+def _picture(colour: str, form: str = "PNG") -> dict[str, Any]:
+    """A disc at the top left."""
+    image = Image.new("RGB", (64, 64), (245, 245, 245))
+    ImageDraw.Draw(image).ellipse((6, 6, 26, 26), fill=colour)
+    data = io.BytesIO()
+    image.save(data, form)
+    url = f"data:image/{form.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _ask(*parts: dict[str, Any] | str) -> list[dict[str, Any]]:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return [{"role": "user", "content": content}]
+
+
+def _count(client: openai.OpenAI, **options: Any) -> Any:
+    asked: dict[str, Any] = {"model": MODEL_NAME, "messages": _ask("Count from 7 to 12."), "temperature": 0, **options}
+    return client.chat.completions.create(**asked)
+
+
+def test_an_answer_at_once_and_the_same_streamed(client: openai.OpenAI) -> None:
+    whole = _count(client)
+    assert whole.choices[0].message.content == "7 8 9 10 11 12"
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    chunks = list(_count(client, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert len([chunk for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]) > 1
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_an_image_is_seen(client: openai.OpenAI, form: str) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL_NAME, messages=_ask(_picture("red", form), "What is in this image?"), temperature=0
+    )
+    assert answer.choices[0].message.content == "a red circle at the top left."
+
+
+def test_two_images_are_told_apart(client: openai.OpenAI) -> None:
+    messages = _ask(_picture("red"), _picture("blue"), "What is in each image?")
+    answer = client.chat.completions.create(model=MODEL_NAME, messages=messages, temperature=0)
+    content = answer.choices[0].message.content or ""
+    assert content.index("red") < content.index("blue")
+
+
+def test_a_prompt_that_was_there_before_is_cached(client: openai.OpenAI) -> None:
+    messages = _ask("Count from 30 to 60. " * 8)
+    cold = client.chat.completions.create(model=MODEL_NAME, messages=messages, max_tokens=2)
+    warm = client.chat.completions.create(model=MODEL_NAME, messages=messages, max_tokens=2)
+    assert cold.usage is not None and warm.usage is not None
+    assert warm.usage.prompt_tokens_details is not None
+    assert warm.usage.prompt_tokens_details.cached_tokens >= warm.usage.prompt_tokens // 16 * 16 - 16 > 0
+
+
+def test_choices_a_seed_and_what_they_repeat(client: openai.OpenAI) -> None:
+    options = {"n": 3, "temperature": 1.5, "seed": 11, "max_tokens": 12}
+    first = [choice.message.content for choice in _count(client, **options).choices]
+    again = [choice.message.content for choice in _count(client, **options).choices]
+    assert first == again
+    assert len(first) == 3
+
+
+def test_log_probabilities(client: openai.OpenAI) -> None:
+    content = _count(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert "".join(entry.token for entry in content) == "7 8 9 10 11 12"
+    for entry in content:
+        best = entry.top_logprobs[0]
+        assert len(entry.top_logprobs) == 3
+        assert entry.token == best.token  # greedy
+        assert entry.logprob == pytest.approx(best.logprob)
+        assert -1.0 < entry.logprob <= 0.0
+
+
+def test_where_an_answer_ends(client: openai.OpenAI) -> None:
+    stopped = _count(client, stop=["10"]).choices[0]
+    assert (stopped.message.content, stopped.finish_reason) == ("7 8 9 ", "stop")
+    cut = _count(client, max_completion_tokens=3)
+    assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 3)
+    long = _count(client, max_tokens=40, extra_body={"ignore_eos": True})
+    assert long.usage.completion_tokens == 40
+
+
+def test_a_bias_and_penalties_change_what_is_drawn(client: openai.OpenAI) -> None:
+    plain = _count(client, logprobs=True, max_tokens=4)
+    biased = _count(client, logprobs=True, max_tokens=4, logit_bias={"40": 100})
+    tokens = [entry.token for entry in biased.choices[0].logprobs.content]
+    assert len(set(tokens)) == 1
+    assert tokens != [entry.token for entry in plain.choices[0].logprobs.content]
+    endless = {"ignore_eos": True}
+    free = _count(client, max_tokens=40, extra_body=endless)
+    varied = _count(client, max_tokens=40, extra_body={**endless, "repetition_penalty": 1.9})
+    assert varied.choices[0].message.content != free.choices[0].message.content
+
+
+def test_raw_completions(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL_NAME, prompt=["1 2 3", "5 6"], max_tokens=3, temperature=0)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    chunks = list(client.completions.create(model=MODEL_NAME, prompt="1 2 3", max_tokens=3, temperature=0, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
+
+
+def test_models(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert model.id == MODEL_NAME
+    assert client.models.retrieve(MODEL_NAME).id == MODEL_NAME
+
+
+def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="another", messages=[{"role": "user", "content": "hi"}])
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        _count(client, temperature=9)
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        _count(client, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
+
+
+async def test_a_client_that_leaves_frees_everything(cluster: ProcessCluster) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0) as client:
+        stream = await client.chat.completions.create(
+            model=MODEL_NAME,
+            messages=[{"role": "user", "content": "Count from 1 to 120."}],
+            max_tokens=3000,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        async for chunk in stream:
+            if chunk.choices and chunk.choices[0].delta.content:
+                break
+        await stream.close()
+    cluster.wait_until_idle()
