@@ -31,7 +31,7 @@ run-cluster: $(RUN_READY)  ## serve MODEL on PORT with ENCODE, PREFILL and DECOD
 		--encode $(ENCODE) --prefill $(PREFILL) --decode $(DECODE) --device $(DEVICE)
 
 test: lint  ## the whole suite: lint, types, layers, tests (JOBS processes)
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(TEST_READY)  ## ruff, strict mypy and the layer contracts
 	@$(BIN)/ruff check
