@@ -123,9 +123,6 @@ class DecodeActor(StageActor):
             self._begin(entry, self._scheduler.handoff(request.request_id, handoff.num_tokens, handoff.token), handoff.token)
         except EpdError as error:
             self._fail(entry, error)
-        except asyncio.CancelledError:
-            self._scheduler.abort(request.request_id, request.epoch)
-            raise
         finally:
             self.wake()
 
@@ -219,11 +216,20 @@ class DecodeActor(StageActor):
             return
         self._forget(entry)
         entry.reply.fail(error)
-        if entry.pull is not None:
-            entry.pull.cancel()  # it gives the blocks back once nothing writes to them any more
-        else:
-            self._scheduler.abort(request_id, epoch)
-        self.wake()
+        self._give_back(entry)
+
+    def _give_back(self, entry: Entry) -> None:
+        """The blocks are free once nothing writes to them any more."""
+
+        def free(_: object = None) -> None:
+            self._scheduler.abort(entry.request.request_id, entry.request.epoch)
+            self.wake()
+
+        if entry.pull is None:
+            free()
+            return
+        entry.pull.add_done_callback(free)  # not by the task itself: one that is cancelled before its start does nothing
+        entry.pull.cancel()
 
     def _fail(self, entry: Entry, error: EpdError) -> None:
         """The KV could not be brought here. The gateway decides what becomes of the request."""
@@ -242,11 +248,7 @@ class DecodeActor(StageActor):
         for entry in list(self._entries.values()):
             self._forget(entry)
             entry.reply.send(Preempted(entry.request.request_id, entry.request.epoch, entry.request.num_output_tokens))
-            if entry.pull is not None:
-                entry.pull.cancel()
-            else:
-                self._scheduler.abort(entry.request.request_id, entry.request.epoch)
-        self.wake()
+            self._give_back(entry)
 
     def sweep(self, now: float) -> None:
         overdue = [entry.request for entry in self._entries.values() if entry.request.deadline <= now]

@@ -21,6 +21,7 @@ from epd.gateway.fleet import Fleet, Placed
 from epd.gateway.router import TokenRouter
 from epd.log import Log
 from epd.microkernel.system import System
+from epd.microkernel.tasks import settled
 from epd.request import GenerateRequest
 from protocol.messages import (
     Abort,
@@ -109,7 +110,7 @@ class Attempt:
         self._stages.router.attach(self._request_id, self._epoch, self._on_token)
         self._begin(self._prefill(), suspect=self._placed.prefill.worker)
         # The first token always comes from prefill: with room for one only there is nothing to decode.
-        if self._request.sampling.max_tokens - self._num_output > 1:
+        if self._needs_decode:
             self._begin(self._decode(), suspect=self._placed.decode.worker)
         for index in range(len(self._request.images)):
             self._provides.append(self._begin(self._provide(index), suspect=None))
@@ -121,10 +122,17 @@ class Attempt:
         if isinstance(event, Exception):
             raise event
         if isinstance(event, OutputToken) and event.token.finish_reason:
-            self._is_finished = True
+            # When prefill's own token is the last, decode may still be pulling what nobody needs.
+            self._is_finished = event.index > self._num_output or not self._needs_decode
         return event
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # A client that leaves may be noticed twice, by a write and by its connection: the second does not stop the clean-up.
+        closing = asyncio.create_task(self._close(was_left=kind is not None), name=f"close {self._request_id}#{self._epoch}")
+        await settled(closing)
+        closing.result()
+
+    async def _close(self, *, was_left: bool) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._stages.router.detach(self._request_id, self._epoch)
@@ -133,7 +141,7 @@ class Attempt:
             task.cancel()
         await asyncio.wait(self._tasks)
         # A choice that decode finished is known to every stage. All other ends are news to prefill, decode or both.
-        if not self._is_finished or kind is not None:
+        if not self._is_finished or was_left:
             await self._abort(self._at("prefill"), self._at("decode"))
         # Whoever encoded what nobody fetched may have answered into the void, with a lease.
         if self._num_delivered < len(self._request.images):
@@ -251,6 +259,10 @@ class Attempt:
                 await self._stages.system.tell(stage, message, timeout_s=ABORT_TIMEOUT_S)
             except EpdError:
                 continue  # that worker is gone, and what it held with it
+
+    @property
+    def _needs_decode(self) -> bool:
+        return self._request.sampling.max_tokens - self._num_output > 1
 
     def _at(self, role: str) -> Address:
         endpoint = self._placed.prefill if role == "prefill" else self._placed.decode

@@ -18,6 +18,7 @@ from epd.gateway.detokenize import Detokenizer
 from epd.gateway.journey import Journey
 from epd.gateway.tokenizer import Tokenizer
 from epd.metrics import GatewayMetrics
+from epd.microkernel.tasks import settled
 from epd.request import Delta, GenerateRequest
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that different choices never share a seed
@@ -130,7 +131,7 @@ class Gateway:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            await settled(*tasks)
 
 
 def _with_seed_of(request: GenerateRequest, index: int) -> GenerateRequest:

@@ -19,6 +19,7 @@ from epd.http.chunks import Choice, Format, Usage
 from epd.http.errors import error_body
 from epd.http.sse import COMMENT, DONE, EventStream
 from epd.log import Log
+from epd.microkernel.tasks import settled
 from epd.request import Delta, GenerateRequest
 
 # How long an answer may stay without its first text before the stream is opened: until then a failure has a status of its own.
@@ -139,7 +140,7 @@ async def _merged(sources: Sequence[AsyncGenerator[Delta, None]], num_choices: i
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks)
+        await settled(*tasks)
 
 
 async def _first(outputs: AsyncGenerator[Delta, None]) -> Delta:
@@ -161,6 +162,6 @@ async def _settle(task: asyncio.Task[Delta]) -> None:
     """Leave no task behind, nor an error that nobody looked at."""
     if not task.done():
         task.cancel()
-        await asyncio.wait((task,))
+        await settled(task)
     if not task.cancelled():
         task.exception()

@@ -11,6 +11,18 @@ from epd.log import Log
 _log = Log("tasks")
 
 
+async def settled(*tasks: asyncio.Task[Any]) -> None:
+    """Wait until all have ended, for cleaning up: a caller that is cancelled meanwhile waits on, and is cancelled then."""
+    cancelled: asyncio.CancelledError | None = None
+    while running := [task for task in tasks if not task.done()]:
+        try:
+            await asyncio.wait(running)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+
+
 class TaskOwner:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()

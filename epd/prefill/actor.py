@@ -175,13 +175,14 @@ class PrefillActor(StageActor):
         self.wake()
 
     async def _hand_over(self, entry: Entry, hand_over: HandOver) -> None:
-        if await hand_over.run():
+        is_sent = await hand_over.run()
+        if is_sent and self._entries.get(entry.request.request_id) is entry:
             # Every block is under a lease now; the leases keep what the decode worker has not copied yet.
             self._forget(entry)
             self._scheduler.release(entry.request.request_id)
             self._handed_over[entry.request.request_id] = hand_over
             self.wake()
-        else:
+        else:  # it failed, or the request was aborted while the last of it was sent
             hand_over.release()
 
     # --- steps ------------------------------------------------------------------------------------------------------

@@ -51,9 +51,12 @@ class HandOver:
         self._is_local = is_local
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._leases: list[int] = []
+        self._is_released = False
 
     def add(self, finished: FinishedBlocks) -> None:
         """These blocks are complete and will not change any more."""
+        if self._is_released:
+            return  # nobody pulls any more, and the request has not been aborted yet
         # Leased now and not when sent: the request may be aborted in between, and its blocks become somebody else's.
         lease_id = self._blocks.lease(finished.block_ids, self._clock() + self._lease_s)
         self._leases.append(lease_id)
@@ -68,6 +71,7 @@ class HandOver:
 
     def release(self) -> None:
         """End all leases: the puller has gone, or the request has. Those that have ended are no error."""
+        self._is_released = True
         for lease_id in self._leases:
             self._blocks.release(lease_id)
 

@@ -13,8 +13,8 @@ from tests.support.cluster import ProcessCluster, node_cluster, process_cluster
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[ProcessCluster]:
-    """`epd cluster` as a user starts it. Tests leave it idle."""
-    with process_cluster() as running:
+    """`epd cluster` as a user starts it, but that no lease ends by itself within a test. Tests leave it idle."""
+    with process_cluster("--lease-s", "600") as running:
         yield running
 
 

@@ -64,7 +64,7 @@ def wanted() -> dict[str, Said]:
 @pytest.fixture(scope="module")
 def pairs() -> Iterator[ProcessCluster]:
     """Two workers of every stage. Tests leave all six there and idle."""
-    options = ("--max-chunk-tokens", "16", "--token-budget", "32", "--max-patches", "64", "--drain-timeout-s", "0.2")
+    options = ("--max-chunk-tokens", "16", "--token-budget", "32", "--max-patches", "64", "--drain-timeout-s", "0.2", "--lease-s", "600")
     with process_cluster(*options, encode=2, prefill=2, decode=2) as running:
         yield running
 

@@ -303,7 +303,12 @@ class ProcessCluster:
             fresh = all(worker["reported_s_ago"] < time.monotonic() - asked for worker in cluster["workers"])
             return fresh and cluster["num_running"] == 0 and all(is_idle_stage(stage) for stage in self.stages())
 
-        wait_until(all_idle, "every pool, table and cache to be idle", lambda: json.dumps(self.describe(), indent=1))
+        def busy() -> str:
+            stages = [(worker["worker"], stage) for worker in self.describe()["workers"] for stage in worker["stages"]]
+            shown = [f"{name}: {stage}" for name, stage in stages if not is_idle_stage(stage)]
+            return "\n".join([f"{self.describe()['num_running']} running", *shown])
+
+        wait_until(all_idle, "every pool, table and cache to be idle", busy)
 
     def stop(self, number: int = signal.SIGINT) -> list[str]:
         """Ctrl-C; it must end with status 0 and leave no process. Returns what it said on standard error."""
