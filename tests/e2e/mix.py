@@ -32,7 +32,7 @@ class Case:
 
     @property
     def is_greedy(self) -> bool:
-        return self.body["temperature"] == 0
+        return bool(self.body["temperature"] == 0)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ def cases() -> tuple[Case, ...]:
         Case("one token", chat("Hello", max_tokens=1)),
         Case("two tokens", chat("Hello", max_tokens=2, ignore_eos=True)),
         Case("greedy with logprobs", chat("Who are you?", max_tokens=12, logprobs=True, top_logprobs=5)),
-        Case("raw prompt", {"model": MODEL_NAME, "temperature": 0, "prompt": "one, two, three, ", "max_tokens": 24}, "completions"),
+        Case(
+            "raw prompt", {"model": MODEL_NAME, "temperature": 0, "prompt": "one, two, three, ", "max_tokens": 24}, "completions"
+        ),
         Case("stop string", chat("Count from 1 to 30.", max_tokens=60, stop=["12", "zzz"])),
         Case("bias", chat("Hello", max_tokens=16, logit_bias={"70": 4, "71": -100, "300": 2.5}, ignore_eos=True)),
     ]
@@ -132,7 +134,9 @@ def cases() -> tuple[Case, ...]:
     options = {"temperature": 1.4, "seed": 7, "max_tokens": 16, "ignore_eos": True}
     found += [
         Case("three choices", chat("What do you see?", [13], n=3, logprobs=True, **options)),
-        Case("four prompts", {"model": MODEL_NAME, "prompt": ["1, 2", "a red", "I", "I"], "logprobs": 3, **options}, "completions"),
+        Case(
+            "four prompts", {"model": MODEL_NAME, "prompt": ["1, 2", "a red", "I", "I"], "logprobs": 3, **options}, "completions"
+        ),
     ]
     assert len(found) == 32, len(found)
     return tuple(found)

@@ -28,7 +28,7 @@ def case(draw: random.Random, number: int) -> Case:
 
 
 async def send(client: aiohttp.ClientSession, case: Case, leaves_after: int) -> str:
-    """How it ended. `leaves_after`: the client leaves with the piece of this number; 0: when the headers come; negative: never."""
+    """How it ended. `leaves_after`: the client leaves with the piece of this number; 0: with the headers; negative: never."""
     async with client.post(f"/v1/{case.route}", json=case.body) as answer:
         if answer.status != 200:
             return f"status {answer.status}: {await answer.text()}"

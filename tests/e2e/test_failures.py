@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,17 @@ from tests.support.cluster import (
 )
 
 # Long streams, so that there is a middle; short chunks, so that prefill takes a while.
+WAYS: list[dict[str, Any]] = [{}, {"temperature": 1.2, "seed": 5}, {}, {"temperature": 0.9, "seed": 6, "top_p": 0.9}]
 LONG = [
     Case(f"stream {number}", chat(f"Count from {number} to 120.", max_tokens=500, ignore_eos=True, **way))
-    for number, way in enumerate([{}, {"temperature": 1.2, "seed": 5}, {}, {"temperature": 0.9, "seed": 6, "top_p": 0.9}] * 2)
+    for number, way in enumerate(WAYS * 2)
 ]
 PROMPTS = [Case(f"prompt {number}", chat(counting(number * 37, 90), max_tokens=40, ignore_eos=True)) for number in range(10)]
 IMAGES = [
-    Case(f"images {number}", chat("Describe each image.", range(100 + 3 * number, 103 + 3 * number), max_tokens=40, ignore_eos=True))
+    Case(
+        f"images {number}",
+        chat("Describe each image.", range(100 + 3 * number, 103 + 3 * number), max_tokens=40, ignore_eos=True),
+    )
     for number in range(10)
 ]
 WORKERS = ("encode-0", "encode-1", "prefill-0", "prefill-1", "decode-0", "decode-1")
@@ -64,7 +68,18 @@ def wanted() -> dict[str, Said]:
 @pytest.fixture(scope="module")
 def pairs() -> Iterator[ProcessCluster]:
     """Two workers of every stage. Tests leave all six there and idle."""
-    options = ("--max-chunk-tokens", "16", "--token-budget", "32", "--max-patches", "64", "--drain-timeout-s", "0.2", "--lease-s", "600")
+    options = (
+        "--max-chunk-tokens",
+        "16",
+        "--token-budget",
+        "32",
+        "--max-patches",
+        "64",
+        "--drain-timeout-s",
+        "0.2",
+        "--lease-s",
+        "600",
+    )
     with process_cluster(*options, encode=2, prefill=2, decode=2) as running:
         yield running
 
@@ -72,7 +87,7 @@ def pairs() -> Iterator[ProcessCluster]:
 # --- streams --------------------------------------------------------------------------------------------------------
 
 
-async def pieces(client: aiohttp.ClientSession, case: Case) -> AsyncIterator[dict[str, Any]]:
+async def pieces(client: aiohttp.ClientSession, case: Case) -> AsyncGenerator[dict[str, Any], None]:
     """The events of a streamed answer."""
     body = {**case.body, "stream": True, "stream_options": {"include_usage": True}}
     async with client.post(f"/v1/{case.route}", json=body) as answer:
@@ -135,8 +150,12 @@ def num_retries(cluster: ProcessCluster) -> int:
 def check_nothing_left_of(pools: set[int], cluster: ProcessCluster) -> None:
     """No survivor keeps a dead worker's memory, and nobody has made shared memory with a name."""
     pids = list(cluster.workers().values())
+
+    def still_mapped() -> list[int]:
+        return [pid for pid in pids if pools & mapped_pools(pid).keys()]
+
+    wait_until(lambda: not still_mapped(), "the survivors to let go of the dead pool", still_mapped)
     for pid in pids:
-        wait_until(lambda pid=pid: not pools & mapped_pools(pid).keys(), f"{pid} to let go of the dead pool", lambda: mapped_pools(pid))
         assert "/dev/shm" not in Path(f"/proc/{pid}/maps").read_text()
 
 

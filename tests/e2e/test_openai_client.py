@@ -31,7 +31,7 @@ def _picture(colour: str, form: str = "PNG") -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def _ask(*parts: dict[str, Any] | str) -> list[dict[str, Any]]:
+def _ask(*parts: dict[str, Any] | str) -> Any:
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
     return [{"role": "user", "content": content}]
 
@@ -74,9 +74,12 @@ def test_a_prompt_that_was_there_before_is_cached(client: openai.OpenAI) -> None
     messages = _ask("Count from 30 to 60. " * 8)
     cold = client.chat.completions.create(model=MODEL_NAME, messages=messages, max_tokens=2)
     warm = client.chat.completions.create(model=MODEL_NAME, messages=messages, max_tokens=2)
-    assert cold.usage is not None and warm.usage is not None
+    assert cold.usage is not None
+    assert warm.usage is not None
     assert warm.usage.prompt_tokens_details is not None
-    assert warm.usage.prompt_tokens_details.cached_tokens >= warm.usage.prompt_tokens // 16 * 16 - 16 > 0
+    num_cached = warm.usage.prompt_tokens_details.cached_tokens
+    assert num_cached is not None
+    assert num_cached >= warm.usage.prompt_tokens // 16 * 16 - 16 > 0
 
 
 def test_choices_a_seed_and_what_they_repeat(client: openai.OpenAI) -> None:
