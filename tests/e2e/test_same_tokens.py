@@ -27,12 +27,16 @@ def check(got: Sequence[Said], wanted: Sequence[Said], of: Sequence[Case]) -> No
             assert one.logprobs == pytest.approx(other.logprobs, abs=MAX_LOGPROB_ERROR), case.name
 
 
-async def check_cold_and_warm(url: str, wanted: Sequence[Said]) -> None:
-    """All at once with nothing cached; again with everything cached that fits; then alone, one after the other."""
+async def check_cold_and_warm(url: str, wanted: Sequence[Said], *, is_roomy: bool = False) -> None:
+    """All at once with nothing cached; again with everything cached that fits; then alone, one after the other.
+
+    `is_roomy`: the pools hold the whole mix, so the second time must find more than the first. Small ones may have evicted it.
+    """
     check(await ask_at_once(url, cases()), wanted, cases())
     warm = await ask_at_once(url, cases())
     check(warm, wanted, cases())
-    assert sum(said.num_cached_tokens for said in warm) > sum(said.num_cached_tokens for said in wanted)
+    if is_roomy:
+        assert sum(said.num_cached_tokens for said in warm) > sum(said.num_cached_tokens for said in wanted)
     check(await ask_one_by_one(url, cases()[::3]), wanted[::3], cases()[::3])
 
 
@@ -83,7 +87,7 @@ ONE_PROCESS = (
 @pytest.mark.parametrize("options", ONE_PROCESS, ids=" ".join)
 async def test_one_process_where_tables_move(undisturbed: Sequence[Said], options: Sequence[str]) -> None:
     async with node_cluster((ALL_ROLES,), *options) as cluster:
-        await check_cold_and_warm(cluster.url, undisturbed)
+        await check_cold_and_warm(cluster.url, undisturbed, is_roomy=options is not TIGHT)
         await cluster.idle()
         workers = (await cluster.cluster())["workers"]
         assert {link["rung"] for worker in workers for link in worker["links"]} == {"local"}
@@ -101,7 +105,7 @@ NODES_APART = (
 @pytest.mark.parametrize(("rung", "options"), NODES_APART, ids=lambda value: value if isinstance(value, str) else " ".join(value))
 async def test_nodes_apart(undisturbed: Sequence[Said], rung: str, options: Sequence[str]) -> None:
     async with node_cluster(APART, *options) as cluster:
-        await check_cold_and_warm(cluster.url, undisturbed)
+        await check_cold_and_warm(cluster.url, undisturbed, is_roomy="--kv-mib" not in options)
         await cluster.idle()
         assert await rungs(cluster) == {("prefill", rung), ("decode", rung)}
         if rung == "socket":
@@ -136,7 +140,7 @@ async def test_preempted_requests_go_on_with_the_same_tokens(layout: Sequence[st
 
 
 async def test_processes_over_mapped_memory(undisturbed: Sequence[Said], cluster: ProcessCluster) -> None:
-    await check_cold_and_warm(cluster.url, undisturbed)
+    await check_cold_and_warm(cluster.url, undisturbed, is_roomy=True)
     cluster.wait_until_idle()
     assert cluster.rungs() == {("prefill", "mapped"), ("decode", "mapped")}
 
@@ -144,6 +148,6 @@ async def test_processes_over_mapped_memory(undisturbed: Sequence[Said], cluster
 async def test_processes_over_tcp(undisturbed: Sequence[Said]) -> None:
     options = ("--transfer", "socket", "--max-chunk-tokens", "32", "--block-size", "32")
     with process_cluster(*options, encode=1, prefill=2, decode=2) as cluster:
-        await check_cold_and_warm(cluster.url, undisturbed)
+        await check_cold_and_warm(cluster.url, undisturbed, is_roomy=True)
         cluster.wait_until_idle()
         assert cluster.rungs() == {("prefill", "socket"), ("decode", "socket")}
