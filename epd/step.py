@@ -13,10 +13,18 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from epd.errors import BadRequest
 from protocol.messages import RequestId, Sampling, Token
 
 Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
+
+
+def read_token_ids(data: bytes) -> Int32Array:
+    """Token ids as messages carry them, int32 in little endian; raises BadRequest for a number of bytes that has none."""
+    if len(data) % 4:
+        raise BadRequest(f"{len(data)} bytes are no token ids")
+    return np.frombuffer(data, dtype="<i4")
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,10 @@ class Node:
         """Drain and end `run`."""
         self._stop.set()
 
+    @property
+    def is_stopping(self) -> bool:
+        return self._stop.is_set()
+
     async def run(self) -> None:
         """Serve until stopped.
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 
-import numpy as np
-
 from epd.cache.block_pool import BlockPool
 from epd.clock import Clock
 from epd.decode.entry import Entry
@@ -23,7 +21,7 @@ from epd.errors import Cancelled, DeadlineExceeded, EpdError, InternalError
 from epd.microkernel.actor import Mail, Reply
 from epd.model.positions import mrope_next
 from epd.stage import StageActor, unexpected
-from epd.step import StepPlan, TextRunner
+from epd.step import StepPlan, TextRunner, read_token_ids
 from epd.stream import on_stream
 from epd.transfer.receiver import Receiver
 from gpu.backend import Stream
@@ -81,7 +79,7 @@ class DecodeActor(StageActor):
         request = DecodeRequest(
             request_id=message.request_id,
             epoch=message.epoch,
-            token_ids=np.frombuffer(message.token_ids, dtype="<i4"),
+            token_ids=read_token_ids(message.token_ids),
             num_prompt_tokens=message.num_prompt_tokens,
             items=message.items,
             sampling=message.sampling,

@@ -11,7 +11,17 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from epd.errors import BadRequest
 from protocol.messages import MMItem
+
+
+def check_grids(items: Sequence[MMItem], merge_size: int) -> None:
+    """Raises BadRequest unless every image takes as many tokens as its merged grid has places."""
+    for item in items:
+        places = item.grid_t * (item.grid_h // merge_size) * (item.grid_w // merge_size)
+        if min(item.grid_t, item.grid_h, item.grid_w) < 1 or item.num_tokens != places:
+            grid = f"{item.grid_t} x {item.grid_h} x {item.grid_w}"
+            raise BadRequest(f"an image of {item.num_tokens} tokens cannot have a grid of {grid} patches")
 
 
 def mrope_positions(num_tokens: int, items: Sequence[MMItem], merge_size: int) -> npt.NDArray[np.int32]:

@@ -16,14 +16,14 @@ from epd.cache.block_pool import BlockPool
 from epd.clock import Clock
 from epd.errors import Cancelled, DeadlineExceeded, EpdError, InternalError, StaleHandle
 from epd.microkernel.actor import Mail, Reply
-from epd.model.positions import mrope_positions
+from epd.model.positions import check_grids, mrope_positions
 from epd.prefill.embeddings import EmbeddingFetcher
 from epd.prefill.entry import Entry
 from epd.prefill.handover import EarlyPulls, HandOver
 from epd.prefill.request import PrefillChunk, PrefillPlan, PrefillRequest
 from epd.prefill.scheduler import PrefillScheduler
 from epd.stage import StageActor, unexpected
-from epd.step import EmbeddingSpan, SampleRequest, SequenceStep, StepOutput, StepPlan, TextRunner
+from epd.step import EmbeddingSpan, SampleRequest, SequenceStep, StepOutput, StepPlan, TextRunner, read_token_ids
 from epd.stream import on_stream
 from epd.transfer.receiver import Receiver
 from epd.transfer.sender import Sender
@@ -100,11 +100,12 @@ class PrefillActor(StageActor):
 
     def _add(self, message: Prefill, reply: Reply) -> None:
         self.refuse_if_draining()
+        check_grids(message.items, self._merge_size)
         now = self.clock()
         request = PrefillRequest(
             request_id=message.request_id,
             epoch=message.epoch,
-            token_ids=np.frombuffer(message.token_ids, dtype="<i4"),
+            token_ids=read_token_ids(message.token_ids),
             num_prompt_tokens=message.num_prompt_tokens,
             items=message.items,
             sampling=message.sampling,

@@ -30,6 +30,7 @@ from epd.config import BUNDLED_MODEL, ServeConfig, parse
 from epd.errors import EpdError
 from epd.stage import StageActor
 from gpu.errors import BrokenPool
+from protocol.messages import Endpoint
 
 WAIT_S = 120.0
 """Bound of every wait in a test; far more than it takes."""
@@ -57,6 +58,11 @@ class Member:
     task: asyncio.Task[None] = field(repr=False)
     ready: asyncio.Event
     told: list[str]  # what it reported as ready: of a gateway its URL
+
+    @property
+    def endpoint(self) -> Endpoint:
+        assert self.node.system is not None
+        return self.node.system.endpoint
 
     def stage(self, role: str) -> StageActor:
         return next(stage for stage in self.node.stages if stage.role == role)
@@ -97,10 +103,12 @@ class NodeCluster:
             raise ClusterFailed(f"node {roles} was not ready within {WAIT_S} s")
         if "gateway" in roles and not self.url:
             self.url = told[0]
-            system = node.system
-            assert system is not None
-            self._join = ("--join", f"127.0.0.1:{system.endpoint.port}")
+            self._join = ("--join", f"127.0.0.1:{member.endpoint.port}")
         return member
+
+    @property
+    def token(self) -> str:
+        return self._token_file.read_text()
 
     def with_role(self, role: str) -> list[Member]:
         return [member for member in self.members if role in member.config.roles]
