@@ -19,6 +19,10 @@ from protocol.messages import RequestId, Sampling, Token
 Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 
+# A token id that the host does not know yet: what the step before drew for this request. Steps of a runner are executed in the
+# order in which they were submitted, so that the runner, or the device itself, can put it in.
+PENDING = -1
+
 
 def read_token_ids(data: bytes) -> Int32Array:
     """Token ids as messages carry them, int32 in little endian; raises BadRequest for a number of bytes that has none."""
@@ -44,7 +48,9 @@ class SampleRequest:
 
     sampling: Sampling
     prompt_token_ids: Int32Array  # for the repetition penalty
-    output_token_ids: Int32Array  # what was generated so far; the new token is number len(output_token_ids)
+    # What was generated so far; the new token is number len(output_token_ids). The last one may be PENDING, but never where a
+    # repetition, frequency or presence penalty needs to know it.
+    output_token_ids: Int32Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,7 @@ class SequenceStep:
     """One sequence's share of a step."""
 
     request_id: RequestId
-    token_ids: Int32Array  # [num_new]
+    token_ids: Int32Array  # [num_new]; [PENDING] for what the step before drew for this request
     num_computed_tokens: int  # tokens whose KV is in the pool already
     positions: Int32Array  # [3, num_new]: time, height, width of M-RoPE; three equal rows for text models
     block_table: Int32Array  # [>= ceil((num_computed_tokens + num_new) / block_size)] block ids
