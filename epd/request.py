@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from epd.timeline import Timeline
 from protocol.messages import MMItem, RequestId, Sampling
 
 
@@ -29,6 +30,7 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()  # stop strings; looked for in the detokenized text
     deadline_s: float = 600.0
     cache_salt: str = ""
+    timeline: Timeline | None = None  # filled while the request runs; None: nobody wants it
 
 
 class TextLogprob(msgspec.Struct, frozen=True, gc=False):

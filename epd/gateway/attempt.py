@@ -67,7 +67,7 @@ class OutputToken:
     num_cached_tokens: int = 0  # told by prefill, with the first token of an attempt
 
 
-Event = OutputToken | Preempted | tuple[Span, ...]
+Event = OutputToken | Preempted
 
 
 class Attempt:
@@ -98,6 +98,7 @@ class Attempt:
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._provides: list[asyncio.Task[None]] = []  # of these, those that bring an image to prefill
+        self._decoding: asyncio.Task[None] | None = None
         self._encoders: set[WorkerId] = set()  # who was asked to encode
         self._num_delivered = 0  # images that prefill has taken
         self._timer: asyncio.TimerHandle | None = None
@@ -111,7 +112,7 @@ class Attempt:
         self._begin(self._prefill(), suspect=self._placed.prefill.worker)
         # The first token always comes from prefill: with room for one only there is nothing to decode.
         if self._needs_decode:
-            self._begin(self._decode(), suspect=self._placed.decode.worker)
+            self._decoding = self._begin(self._decode(), suspect=self._placed.decode.worker)
         for index in range(len(self._request.images)):
             self._provides.append(self._begin(self._provide(index), suspect=None))
         return self
@@ -125,6 +126,11 @@ class Attempt:
             # When prefill's own token is the last, decode may still be pulling what nobody needs.
             self._is_finished = event.index > self._num_output or not self._needs_decode
         return event
+
+    async def reported(self, timeout_s: float) -> None:
+        """Wait until decode has told how its time went, which it does right after its last token."""
+        if self._decoding is not None:
+            await asyncio.wait([self._decoding], timeout=timeout_s)
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # A client that leaves may be noticed twice, by a write and by its connection: the second does not stop the clean-up.
@@ -160,7 +166,8 @@ class Attempt:
             deadline_s=self._time_left(),
             salt=self._salt,
         )
-        answer = await self._stages.system.ask(self._at("prefill"), message, timeout_s=message.deadline_s)
+        to, asked_s = self._at("prefill"), self._now_s()
+        answer = await self._stages.system.ask(to, message, timeout_s=message.deadline_s)
         if not isinstance(answer.message, Prefilled):
             raise InternalError(f"prefill answered {type(answer.message).__name__}")
         self._placed.prefilled()
@@ -168,7 +175,7 @@ class Attempt:
             task.cancel()  # what is not there yet was in the prefix cache, and prefill has forgotten the request
         prefilled = answer.message
         self._events.put_nowait(OutputToken(self._num_output, prefilled.token, prefilled.num_cached_tokens))
-        self._events.put_nowait(prefilled.spans)
+        self._report(to, asked_s, prefilled.spans)
 
     async def _decode(self) -> None:
         message = Decode(
@@ -183,12 +190,13 @@ class Attempt:
             gateway=self._stages.router.address,
             salt=self._salt,
         )
-        answer = await self._stages.system.ask(self._at("decode"), message, timeout_s=message.deadline_s)
+        to, asked_s = self._at("decode"), self._now_s()
+        answer = await self._stages.system.ask(to, message, timeout_s=message.deadline_s)
         match answer.message:
             case Preempted() as preempted:
                 self._events.put_nowait(preempted)
             case Finished() as finished:
-                self._events.put_nowait(finished.spans)
+                self._report(to, asked_s, finished.spans)
             case other:
                 raise InternalError(f"decode answered {type(other).__name__}")
 
@@ -212,21 +220,23 @@ class Attempt:
     async def _encode(self, index: int, encoder: Endpoint) -> Encoded:
         image = self._request.images[index]
         message = Encode(request_id=self._request_id, epoch=self._epoch, item=image.item, deadline_s=self._time_left())
-        to = Address(encoder.worker, "encode")
+        to, asked_s = Address(encoder.worker, "encode"), self._now_s()
         self._encoders.add(encoder.worker)
         answer = await self._stages.system.ask(to, message, (image.data,), timeout_s=message.deadline_s)
         if not isinstance(answer.message, Encoded):
             raise InternalError(f"encode answered {type(answer.message).__name__}")
-        self._events.put_nowait(answer.message.spans)
+        self._report(to, asked_s, answer.message.spans)
         return answer.message
 
     async def _deliver(self, index: int, encoded: Encoded, encoder: Endpoint) -> None:
         message = EmbeddingReady(
             request_id=self._request_id, epoch=self._epoch, item_index=index, ref=encoded.ref, endpoint=encoder
         )
-        answer = await self._stages.system.ask(self._at("prefill"), message, timeout_s=self._time_left())
+        to, asked_s = self._at("prefill"), self._now_s()
+        answer = await self._stages.system.ask(to, message, timeout_s=self._time_left())
         if not isinstance(answer.message, EmbeddingTaken):
             raise InternalError(f"prefill answered {type(answer.message).__name__}")
+        self._report(to, asked_s, (Span("embedding transfer", 0.0, self._now_s() - asked_s),))
         self._num_delivered += 1
 
     def _may_encode_again(self, error: Exception) -> bool:
@@ -246,6 +256,13 @@ class Attempt:
 
         self._tasks.append(asyncio.create_task(guarded(), name=f"attempt {self._request_id}#{self._epoch}"))
         return self._tasks[-1]
+
+    def _report(self, to: Address, asked_s: float, spans: tuple[Span, ...]) -> None:
+        if self._request.timeline is not None:
+            self._request.timeline.add_reported(to.actor, to.worker, asked_s, spans)
+
+    def _now_s(self) -> float:
+        return 0.0 if self._request.timeline is None else self._request.timeline.now()
 
     def _on_token(self, index: int, token: Token) -> None:
         self._events.put_nowait(OutputToken(index, token))

@@ -19,10 +19,11 @@ from epd.errors import CorruptTransfer, DeadlineExceeded, EpdError, InternalErro
 from epd.gateway.attempt import Attempt, OutputToken, Stages
 from epd.log import Log
 from epd.request import GenerateRequest
-from protocol.messages import Preempted, RequestId, Span, WorkerId
+from protocol.messages import Preempted, RequestId, WorkerId
 
 MAX_FAILED_ATTEMPTS = 6
 FIRST_BACKOFF_S = 0.02
+MAX_WAIT_FOR_REPORT_S = 0.25  # for a stage to tell how its time went; asked of requests with a timeline only
 _log = Log("journey")
 
 
@@ -51,7 +52,6 @@ class Journey:
     def __init__(self, request: GenerateRequest, choice: int, stages: Stages, *, deadline: float) -> None:
         self.request_id = RequestId(f"{request.request_id}/{choice}")
         self.state = State.PLACING
-        self.spans: list[Span] = []
         self._request = request
         self._stages = stages
         self._deadline = deadline
@@ -86,9 +86,13 @@ class Journey:
     async def _next_attempt(self) -> Attempt:
         """Choose the workers and describe the work that is left: the prompt and what came out of it so far."""
         token_ids = (*self._request.token_ids, *self._output)
+        timeline = self._request.timeline
+        began_s = timeline.now() if timeline is not None else 0.0
         placed = await self._stages.fleet.place(
             token_ids, self._request, avoid=frozenset(self._avoid), timeout_s=self._time_left()
         )
+        if timeline is not None:
+            timeline.add("placement", "gateway", began_s)
         self._epoch += 1
         return Attempt(
             self._stages,
@@ -111,12 +115,11 @@ class Journey:
                 if isinstance(event, Preempted):
                     self._enter(State.PLACING)
                     return
-                if isinstance(event, tuple):
-                    self.spans.extend(event)
-                    continue
                 early[event.index] = event
                 while (output := early.pop(len(self._output), None)) is not None:
                     self._advance(output)
+                    if output.token.finish_reason and self._request.timeline is not None:
+                        await attempt.reported(MAX_WAIT_FOR_REPORT_S)
                     yield output
 
     def _advance(self, output: OutputToken) -> None:

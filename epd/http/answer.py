@@ -21,6 +21,7 @@ from epd.http.sse import COMMENT, DONE, EventStream
 from epd.log import Log
 from epd.microkernel.tasks import settled
 from epd.request import Delta, GenerateRequest
+from epd.timeline import Timeline
 
 # How long an answer may stay without its first text before the stream is opened: until then a failure has a status of its own.
 PATIENCE_S = 2.0
@@ -36,6 +37,7 @@ class Answer:
     requests: Sequence[GenerateRequest]
     form: Format
     include_usage: bool
+    timeline: Timeline | None = None  # asked for by the client
 
     @property
     def num_choices(self) -> int:
@@ -55,7 +57,7 @@ class Answer:
                 usage.add(delta)
         if not all(choice.finish_reason for choice in choices):
             raise _ended_early()
-        return self.form.whole(choices, usage)
+        return self.form.whole(choices, usage, None if self.timeline is None else self.timeline.spans())
 
     async def stream(self, engine: Engine, request: web.Request, *, patience_s: float, keep_alive_s: float) -> web.StreamResponse:
         """Send the answer as events. An error before the first text is raised; a later one becomes the last event."""
@@ -99,7 +101,11 @@ class Answer:
             _log.error("stream failed", error=error)
             events.add(_error_event(InternalError("internal error")))
         else:
-            events.add((form.usage(usage) if self.include_usage else b"") + DONE)
+            if self.include_usage:
+                events.add(form.usage(usage))
+            if self.timeline is not None:
+                events.add(form.timeline(self.timeline.spans()))
+            events.add(DONE)
 
     def _usage(self) -> Usage:
         num_prompt_tokens = sum(len(request.token_ids) for request in self.requests)

@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from epd.request import Delta, TextLogprob
+from epd.timeline import TimelineSpan
 
 _encode = msgspec.json.encode
 # JSON has no infinity; what OpenAI's API reports for a token that cannot come.
@@ -63,7 +64,11 @@ class Format(Protocol):
     def usage(self, usage: Usage) -> bytes:
         """The event that closes a stream with its counts."""
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes: ...
+    def timeline(self, spans: Sequence[TimelineSpan]) -> bytes:
+        """The event that tells how the request's time went."""
+
+    def whole(self, choices: Sequence[Choice], usage: Usage, spans: Sequence[TimelineSpan] | None = None) -> bytes:
+        """`spans`: None where nobody asked for them."""
 
 
 @dataclass(slots=True)
@@ -115,7 +120,10 @@ class ChatFormat:
     def usage(self, usage: Usage) -> bytes:
         return self._frame.usage(usage)
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def timeline(self, spans: Sequence[TimelineSpan]) -> bytes:
+        return self._frame.timeline(spans)
+
+    def whole(self, choices: Sequence[Choice], usage: Usage, spans: Sequence[TimelineSpan] | None = None) -> bytes:
         described = [
             {
                 "index": index,
@@ -125,7 +133,7 @@ class ChatFormat:
             }
             for index, choice in enumerate(choices)
         ]
-        return _whole(self._identity, "chat.completion", described, usage)
+        return _whole(self._identity, "chat.completion", described, usage, spans)
 
 
 class CompletionFormat:
@@ -160,7 +168,10 @@ class CompletionFormat:
     def usage(self, usage: Usage) -> bytes:
         return self._frame.usage(usage)
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def timeline(self, spans: Sequence[TimelineSpan]) -> bytes:
+        return self._frame.timeline(spans)
+
+    def whole(self, choices: Sequence[Choice], usage: Usage, spans: Sequence[TimelineSpan] | None = None) -> bytes:
         described = [
             {
                 "index": index,
@@ -170,7 +181,7 @@ class CompletionFormat:
             }
             for index, choice in enumerate(choices)
         ]
-        return _whole(self._identity, "text_completion", described, usage)
+        return _whole(self._identity, "text_completion", described, usage, spans)
 
 
 class _Frame:
@@ -186,6 +197,9 @@ class _Frame:
     def usage(self, usage: Usage) -> bytes:
         return b'%s,"choices":[],"usage":%s}\n\n' % (self._head, _encode(usage.as_json()))
 
+    def timeline(self, spans: Sequence[TimelineSpan]) -> bytes:
+        return b'%s,"choices":[],"epd":{"spans":%s}}\n\n' % (self._head, _encode(spans))
+
 
 def _described(identity: Identity, kind: str) -> dict[str, object]:
     return {
@@ -197,8 +211,9 @@ def _described(identity: Identity, kind: str) -> dict[str, object]:
     }
 
 
-def _whole(identity: Identity, kind: str, choices: Sequence[object], usage: Usage) -> bytes:
-    return _encode({**_described(identity, kind), "choices": choices, "usage": usage.as_json()})
+def _whole(identity: Identity, kind: str, choices: Sequence[object], usage: Usage, spans: Sequence[TimelineSpan] | None) -> bytes:
+    extra = {} if spans is None else {"epd": {"spans": spans}}
+    return _encode({**_described(identity, kind), "choices": choices, "usage": usage.as_json(), **extra})
 
 
 def _chat_logprobs(logprobs: Sequence[TextLogprob]) -> dict[str, object]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,8 +24,10 @@ from epd.http.errors import BodyTimeout, WrongContentType
 from epd.http.images import ImageFetcher
 from epd.http.schema import ChatCall, CompletionCall, Limits, Options, parse_chat, parse_completion
 from epd.request import GenerateRequest
+from epd.timeline import Timeline
 from protocol.messages import RequestId
 
+TIMELINE_HEADER = "x-epd-timeline"
 BODY_TIMEOUT_S = 60.0  # for a client to send its request
 # Work on a body of up to this size is done at once; on a larger one in a thread, so that running streams do not wait for it.
 _INLINE_BYTES = 64 * 2**10
@@ -70,17 +73,19 @@ class OpenAIRoutes:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
+        timeline = _wanted_timeline(request)
         data = await read_body(request, self._config.max_body_bytes)
         call = await self._run(len(data), lambda: parse_chat(parse_json(data), self._limits))
         self._check_model(call.options.model)
-        answer = await self._chat_answer(call, len(data))
+        answer = await self._chat_answer(call, len(data), timeline)
         return await self._reply(request, answer, stream=call.options.stream)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
+        timeline = _wanted_timeline(request)
         data = await read_body(request, self._config.max_body_bytes)
         call = await self._run(len(data), lambda: parse_completion(parse_json(data), self._limits))
         self._check_model(call.options.model)
-        answer = await self._completion_answer(call, len(data))
+        answer = await self._completion_answer(call, len(data), timeline)
         return await self._reply(request, answer, stream=call.options.stream)
 
     async def models(self, request: web.Request) -> web.Response:
@@ -92,32 +97,40 @@ class OpenAIRoutes:
 
     # --- answers ----------------------------------------------------------------------------------------------------
 
-    async def _chat_answer(self, call: ChatCall, size: int) -> Answer:
+    async def _chat_answer(self, call: ChatCall, size: int, timeline: Timeline | None) -> Answer:
         options = call.options
-        images = await self._fetch(call)
+        with _timed(timeline, "fetch"):
+            images = await self._fetch(call)
         size += sum(map(len, images))
         limit = self._config.max_image_pixels
-        prompt = await self._run(
-            size, lambda: self._prompter.chat(call.messages, images, call.template_options, max_image_pixels=limit)
-        )
+        with _timed(timeline, "tokenize"):
+            prompt = await self._run(
+                size, lambda: self._prompter.chat(call.messages, images, call.template_options, max_image_pixels=limit)
+            )
         identity = self._identity("chatcmpl")
         form = ChatFormat(identity, include_usage=options.include_usage, wants_logprobs=options.sampling.num_logprobs >= 0)
-        return self._answer(identity, [prompt], options, form)
+        return self._answer(identity, [prompt], options, form, timeline)
 
-    async def _completion_answer(self, call: CompletionCall, size: int) -> Answer:
+    async def _completion_answer(self, call: CompletionCall, size: int, timeline: Timeline | None) -> Answer:
         options = call.options
-        prompts = await self._run(size, lambda: [self._prompter.completion(prompt) for prompt in call.prompts])
+        with _timed(timeline, "tokenize"):
+            prompts = await self._run(size, lambda: [self._prompter.completion(prompt) for prompt in call.prompts])
         identity = self._identity("cmpl")
         form = CompletionFormat(identity, include_usage=options.include_usage, num_logprobs=options.sampling.num_logprobs)
-        return self._answer(identity, prompts, options, form)
+        return self._answer(identity, prompts, options, form, timeline)
 
-    def _answer(self, identity: Identity, prompts: list[Prompt], options: Options, form: Format) -> Answer:
+    def _answer(
+        self, identity: Identity, prompts: list[Prompt], options: Options, form: Format, timeline: Timeline | None
+    ) -> Answer:
         requests = [
-            self._generate_request(f"{identity.id}-{number}", prompt, options, number) for number, prompt in enumerate(prompts)
+            self._generate_request(f"{identity.id}-{number}", prompt, options, number, timeline)
+            for number, prompt in enumerate(prompts)
         ]
-        return Answer(requests, form, options.include_usage)
+        return Answer(requests, form, options.include_usage, timeline)
 
-    def _generate_request(self, request_id: str, prompt: Prompt, options: Options, number: int) -> GenerateRequest:
+    def _generate_request(
+        self, request_id: str, prompt: Prompt, options: Options, number: int, timeline: Timeline | None
+    ) -> GenerateRequest:
         max_tokens = self._prompter.max_tokens(prompt, options.max_tokens, param=options.max_tokens_param)
         sampling = msgspec.structs.replace(
             options.sampling,
@@ -134,6 +147,7 @@ class OpenAIRoutes:
             n=options.n,
             stop=options.stop,
             deadline_s=self._timing.request_timeout_s,
+            timeline=timeline,
         )
 
     async def _reply(self, request: web.Request, answer: Answer, *, stream: bool) -> web.StreamResponse:
@@ -174,6 +188,25 @@ class OpenAIRoutes:
             "owned_by": "epd",
             "max_model_len": self._prompter.max_model_len,
         }
+
+
+def _wanted_timeline(request: web.Request) -> Timeline | None:
+    """With the header `x-epd-timeline: 1`, the answer ends with how the request's time went, stage by stage."""
+    match request.headers.get(TIMELINE_HEADER, "0"):
+        case "1":
+            return Timeline()
+        case "0":
+            return None
+        case other:
+            raise BadRequest(f"the header {TIMELINE_HEADER} must be 0 or 1, not {other[:20]!r}", param=TIMELINE_HEADER)
+
+
+@contextmanager
+def _timed(timeline: Timeline | None, name: str) -> Iterator[None]:
+    began_s = timeline.now() if timeline is not None else 0.0
+    yield
+    if timeline is not None:
+        timeline.add(name, "http", began_s)
 
 
 async def read_body(request: web.Request, max_bytes: int) -> bytes:

@@ -10,6 +10,8 @@ from epd.prefill.request import FinishedBlocks, PrefillRequest
 from epd.step import FloatArray, Int32Array
 from protocol.messages import Span, Token
 
+_MAX_CHUNKS = 32  # that a span is kept of
+
 
 @dataclass(slots=True, eq=False)
 class Entry:
@@ -21,7 +23,8 @@ class Entry:
     hand_over: HandOver | None = None
     token: Token | None = None
     finished_at: float | None = None
-    last_embedding_at: float | None = None
+    embeddings_at: list[float] = field(default_factory=list)  # when each arrived
+    chunks_at: list[tuple[float, float]] = field(default_factory=list)  # of the first steps, from start to end
 
     def add_finished(self, blocks: FinishedBlocks) -> None:
         self.finished.append(blocks)
@@ -29,7 +32,11 @@ class Entry:
             self.hand_over.add(blocks)
 
     def note_embedding(self, now: float) -> None:
-        self.last_embedding_at = now
+        self.embeddings_at.append(now)
+
+    def note_chunk(self, started: float, now: float) -> None:
+        if len(self.chunks_at) < _MAX_CHUNKS:
+            self.chunks_at.append((started, now))
 
     def drop_rows(self, needed: tuple[int, ...]) -> None:
         """Embeddings whose rows have all been computed are of no more use."""
@@ -39,6 +46,12 @@ class Entry:
     def spans(self, now: float) -> tuple[Span, ...]:
         arrived, admitted = self.request.arrived_at, self.request.admitted_at
         spans = [Span("prefill queue", 0.0, admitted - arrived), Span("prefill", admitted - arrived, now - arrived)]
-        if self.last_embedding_at is not None:
-            spans.append(Span("embeddings", 0.0, self.last_embedding_at - arrived))
+        idle_since = admitted
+        for started, ended in self.chunks_at:
+            # What arrived while nothing of the request was computed is what it waited for.
+            waited_for = [at for at in self.embeddings_at if idle_since < at <= started]
+            if waited_for:
+                spans.append(Span("wait for embedding", idle_since - arrived, max(waited_for) - arrived))
+            spans.append(Span("prefill chunk", started - arrived, ended - arrived))
+            idle_since = ended
         return tuple(spans)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+from collections import Counter
 from contextlib import aclosing
+from itertools import pairwise
 
 import pytest
 
 from epd.errors import BadImage, DeadlineExceeded, InternalError
 from epd.gateway.journey import State
 from epd.request import GenerateRequest
+from epd.timeline import Timeline
 from tests.support.stages import expected_tokens, with_images
 from tests.support.systems import until
 from tests.support.world import World, together, world
@@ -75,6 +79,43 @@ async def test_prefill_starts_before_the_embeddings_are_there() -> None:
         gate.set()
         seen = with_images(prompt, [request.images[0].item], PICTURES[:1])
         assert await running == expected_tokens(seen, 4)
+
+
+@pytest.mark.parametrize("layout", [ONE, MANY])
+async def test_a_timeline_tells_of_every_stage(layout: dict[str, str]) -> None:
+    async with world(layout, chunk=4) as made:
+        request, due = _with_pictures(made)
+        timeline = Timeline()
+        assert await made.run(dataclasses.replace(request, timeline=timeline)) == due
+        took_s, spans = timeline.now(), timeline.spans()
+    names = Counter(span.name for span in spans)
+    assert {name: names[name] for name in ("placement", "encode", "embedding transfer", "prefill", "transfer", "decode")} == {
+        "placement": 1, "encode": 2, "embedding transfer": 2, "prefill": 1, "transfer": 1, "decode": 1,
+    }  # fmt: skip
+    assert names["prefill chunk"] >= 23 // 4
+    assert all(0 <= span.start_s <= span.end_s <= took_s for span in spans)
+    assert all(layout[span.worker] for span in spans if span.stage not in ("gateway", "http"))
+    prefill = next(span for span in spans if span.name == "prefill")
+    chunks = [span for span in spans if span.name == "prefill chunk"]
+    assert all(before.end_s <= after.start_s for before, after in pairwise(chunks))
+    assert all(prefill.start_s <= chunk.start_s and chunk.end_s <= prefill.end_s for chunk in chunks)
+
+
+async def test_what_prefill_waited_for_shows() -> None:
+    async with world(THREE, chunk=4) as made:
+        gate = made.encode["e0"].runner.gate
+        gate.clear()
+        prompt = list(range(200, 240))
+        timeline = Timeline()
+        request = made.request(prompt, 4, images=PICTURES[:1], offsets=[20])
+        running = asyncio.create_task(made.run(dataclasses.replace(request, timeline=timeline)))
+        await until(lambda: made.prefill["p0"].runner.num_steps >= 5)
+        gate.set()
+        await running
+    (waited,) = (span for span in timeline.spans() if span.name == "wait for embedding")
+    chunks = [span for span in timeline.spans() if span.name == "prefill chunk"]
+    assert waited.start_s == chunks[4].end_s
+    assert waited.end_s <= chunks[5].start_s
 
 
 # --- failures -------------------------------------------------------------------------------------------------------

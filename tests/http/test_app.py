@@ -41,6 +41,36 @@ async def error_of(response: aiohttp.ClientResponse) -> dict[str, Any]:
     return error
 
 
+# --- timelines ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_timeline_comes_with_the_answer_where_it_was_asked_for(
+    start: Start, session: aiohttp.ClientSession, engine: ScriptedEngine
+) -> None:
+    server = await start(engine)
+    for body in ({**STREAMED, "stream_options": {"include_usage": True}}, STREAMED, BODY):
+        async with session.post(server.url + CHAT, json=body, headers={"x-epd-timeline": "1"}) as response:
+            text = await response.text()
+        last = json.loads(text.split("\n\n")[-3].removeprefix("data: ")) if "stream" in body else json.loads(text)
+        assert [span["name"] for span in last["epd"]["spans"]] == ["fetch", "tokenize"]
+        assert all(span["stage"] == "http" and 0 <= span["start_s"] <= span["end_s"] for span in last["epd"]["spans"])
+        assert engine.last.timeline is not None
+    completion = {"model": MODEL, "prompt": "x"}
+    async with session.post(server.url + "/v1/completions", json=completion, headers={"x-epd-timeline": "1"}) as response:
+        assert [span["name"] for span in (await response.json())["epd"]["spans"]] == ["tokenize"]
+
+
+@pytest.mark.parametrize(("headers", "status"), [({}, 200), ({"x-epd-timeline": "0"}, 200), ({"x-epd-timeline": "yes"}, 400)])
+async def test_no_timeline_without_asking(
+    start: Start, session: aiohttp.ClientSession, engine: ScriptedEngine, headers: dict[str, str], status: int
+) -> None:
+    server = await start(engine)
+    async with session.post(server.url + CHAT, json=STREAMED, headers=headers) as response:
+        assert response.status == status
+        assert '"epd":' not in await response.text()
+    assert all(request.timeline is None for request in engine.requests)
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 

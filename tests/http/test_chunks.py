@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from epd.http.chunks import ChatFormat, Choice, CompletionFormat, Format, Identity, Usage
 from epd.request import Delta, TextLogprob
+from epd.timeline import TimelineSpan
 
 IDENTITY = Identity('id"\\', 17, 'mo"del', "fp")
 
@@ -78,6 +79,16 @@ def test_usage_is_an_event_without_choices() -> None:
             "total_tokens": 15,
             "prompt_tokens_details": {"cached_tokens": 8},
         }
+
+
+def test_a_timeline_is_an_event_without_choices_and_a_field_of_a_whole_answer() -> None:
+    spans = [TimelineSpan("prefill", "prefill", "p0", 0.5, 1.0)]
+    shown = {"spans": [{"name": "prefill", "stage": "prefill", "worker": "p0", "start_s": 0.5, "end_s": 1.0}]}
+    for form in forms(True):
+        (event,) = events(form.timeline(spans))
+        assert (event["choices"], event["epd"]) == ([], shown)
+        assert json.loads(form.whole([Choice()], Usage(1), spans))["epd"] == shown
+        assert "epd" not in json.loads(form.whole([Choice()], Usage(1)))
 
 
 @pytest.mark.parametrize("wanted", [False, True])

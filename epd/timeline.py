@@ -1,0 +1,50 @@
+"""One request's time, stage by stage, on one clock: what a waterfall is drawn from.
+
+A stage reports its spans relative to when it was asked. Whoever asked knows when that was, so a span is placed where the ask
+left; the message's own way there counts as part of it. Does not know: who wants to see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from epd.clock import Clock, monotonic
+from protocol.messages import Span
+
+
+class TimelineSpan(msgspec.Struct, frozen=True, gc=False):
+    """A stretch of a request's time, in seconds since it arrived. Spans overlap wherever stages work side by side."""
+
+    name: str
+    stage: str  # "http", "gateway", "encode", "prefill" or "decode"
+    worker: str  # empty: this process
+    start_s: float
+    end_s: float
+
+
+class Timeline:
+    """Begins when it is made."""
+
+    def __init__(self, clock: Clock = monotonic) -> None:
+        self._clock = clock
+        self._arrived = clock()
+        self._spans: list[TimelineSpan] = []
+
+    def now(self) -> float:
+        """Seconds since the request arrived."""
+        return self._clock() - self._arrived
+
+    def add(self, name: str, stage: str, start_s: float, end_s: float | None = None, *, worker: str = "") -> None:
+        """Note a span, which ends now unless `end_s` is given."""
+        self._spans.append(TimelineSpan(name, stage, worker, start_s, self.now() if end_s is None else end_s))
+
+    def add_reported(self, stage: str, worker: str, asked_s: float, spans: Iterable[Span]) -> None:
+        """Note what a worker reported of an ask that left at `asked_s`."""
+        for span in spans:
+            self.add(span.name, stage, asked_s + span.start_s, asked_s + span.end_s, worker=worker)
+
+    def spans(self) -> list[TimelineSpan]:
+        """All of them, by when they began."""
+        return sorted(self._spans, key=lambda span: (span.start_s, span.end_s))
