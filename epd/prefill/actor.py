@@ -203,7 +203,7 @@ class PrefillActor(StageActor):
             return True
         self.busy_s += self.clock() - started
         self.num_steps += 1
-        self._commit(plan, output)
+        self._commit(plan, output, started)
         return True
 
     def _sequence(self, chunk: PrefillChunk) -> SequenceStep:
@@ -227,10 +227,11 @@ class PrefillActor(StageActor):
             sample=sample,
         )
 
-    def _commit(self, plan: PrefillPlan, output: StepOutput) -> None:
+    def _commit(self, plan: PrefillPlan, output: StepOutput, started: float) -> None:
         now = self.clock()
         for progress in self._scheduler.commit(plan, output.tokens):
             entry = self._entries[progress.request.request_id]
+            entry.note_chunk(started, now)
             if progress.blocks is not None:
                 entry.add_finished(progress.blocks)
             entry.drop_rows(self._scheduler.needed_items(progress.request.request_id))
