@@ -47,3 +47,7 @@ class ChecksumMismatch(GpuError):
 
 class StreamClosed(GpuError):
     """Work was given to a stream that has been closed, or was still waiting when it was."""
+
+
+class DeviceFailed(GpuError):
+    """The device stopped on an error. Its context is lost and with it all device memory of this process, which has to be started anew."""
