@@ -7,13 +7,14 @@ blocks of `block_table`, and for the sequences that have reached their last know
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from epd.errors import BadRequest
+from gpu.pool import Now
 from protocol.messages import RequestId, Sampling, Token
 
 Int32Array = npt.NDArray[np.int32]
@@ -31,15 +32,23 @@ def read_token_ids(data: bytes) -> Int32Array:
     return np.frombuffer(data, dtype="<i4")
 
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingSpan:
-    """Rows of image embedding that replace the placeholder tokens [offset, offset + len(rows)) of this step's chunk.
+class Rows(Protocol):
+    """Embedding rows [num_rows, (1 + num_deepstack) * hidden_size]: the main embedding followed by the deepstack features.
 
-    `rows` is [num_rows, (1 + num_deepstack) * hidden_size], float32: the main embedding followed by the deepstack features.
+    A NumPy array on the CPU, a torch tensor of the model's dtype on a device. Only the runner looks inside.
     """
 
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Rows: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingSpan:
+    """Rows of image embedding that replace the placeholder tokens [offset, offset + len(rows)) of this step's chunk."""
+
     offset: int
-    rows: FloatArray
+    rows: Any  # Rows, as the runner of this device can read them
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +102,10 @@ class ImageInput:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class EncodeOutput:
-    """`rows[i]` is [num_tokens_i, (1 + num_deepstack) * hidden_size] float32, or the error that this image alone met."""
-
-    rows: tuple[FloatArray | Exception, ...]
-    elapsed_s: float
-    preprocess_s: float = field(default=0.0)
-
-
 class TextRunner(Protocol):
     """What prefill and decode drive. Called on the stage's own stream, one step at a time."""
 
-    def execute(self, plan: StepPlan) -> StepOutput: ...
+    def execute(self, plan: StepPlan) -> Now[StepOutput]: ...
 
     def close(self) -> None: ...
 
@@ -117,8 +117,14 @@ class VisionRunner(Protocol):
         """Patches [num_patches, patch_width] of one image, or what is wrong with it."""
 
     def encode_patches(
-        self, patches: Sequence[FloatArray | Exception], grids: Sequence[tuple[int, int, int]]
-    ) -> tuple[FloatArray | Exception, ...]:
-        """Per image its rows [num_tokens, (1 + num_deepstack) * hidden_size], or the exception it came with."""
+        self,
+        patches: Sequence[FloatArray | Exception],
+        grids: Sequence[tuple[int, int, int]],
+        block_ids: Sequence[Sequence[int]],
+    ) -> Now[tuple[list[int] | Exception, ...]]:
+        """Write each image's rows to its blocks of the embedding pool, zeros after the last; the checksums of those blocks.
+
+        An exception in `patches` passes through.
+        """
 
     def close(self) -> None: ...

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:  # a gateway imports this module and needs no kernels
-    from gpu.backend import Stream
+    from gpu.stream import Deferred, Stream
 
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-async def on_stream(stream: Stream, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run `work` on the stream and return what it returns.
+async def on_stream(stream: Stream, work: Callable[P, T | Deferred[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run `work` on the stream and return what it returns, or what that stands for, once the device is done with it.
 
     When the caller is cancelled, work that has begun is waited for: it may be reading or writing memory that the caller would
     give to somebody else next.

@@ -5,50 +5,56 @@ A backend is complete: whatever is here works on each of them, held by the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Protocol
 
 from gpu.errors import UnknownDevice
-from gpu.pool import MappedPool, Pool, PoolExport, PoolSpec
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class Stream(Protocol):
-    """Calls in order, one at a time, off the caller's thread. A future resolves when the device has finished its call's work."""
-
-    def submit(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]: ...
-
-    def close(self) -> None: ...
+from gpu.pool import Blocks, Pool, PoolExport, PoolSpec, Scratch
+from gpu.stream import Stream
 
 
 class Backend(Protocol):
     """One device."""
 
-    name: str  # "cpu"
-    torch_device: str  # what torch calls it
+    @property
+    def name(self) -> str:
+        """ "cpu" or "cuda"."""
+
+    @property
+    def torch_device(self) -> str:
+        """What torch calls it, for example "cuda:0"."""
+
+    @property
+    def dtype(self) -> str:
+        """What weights, activations and KV are: "float32" or "bfloat16"."""
+
+    @property
+    def block_format(self) -> str:
+        """How numbers and checksums of blocks are written: part of every layout fingerprint."""
 
     def open_stream(self, name: str, *, priority: int = 0) -> Stream: ...
 
     def allocate_pool(self, spec: PoolSpec) -> Pool: ...
 
-    def map_pool(self, export: PoolExport) -> MappedPool: ...
+    def allocate_scratch(self, num_blocks: int, block_bytes: int) -> Scratch: ...
 
-    def can_map(self, export: PoolExport) -> bool: ...
+    def map_pool(self, export: PoolExport) -> Blocks:
+        """Another process's pool, to be copied from. Raises CannotMap."""
 
     def memory_budget(self) -> int:
         """Bytes that pools can still take."""
-        ...
 
     def close(self) -> None: ...
 
 
 def open_backend(device: str = "cpu") -> Backend:
-    """The backend for a device as the command line names it. Raises UnknownDevice."""
+    """The backend for a device as the command line names it: "cpu", "cuda" or "cuda:N". Raises UnknownDevice."""
     if device == "cpu":
         from gpu.cpu import CpuBackend
 
         return CpuBackend()
-    raise UnknownDevice(f"no backend for device {device!r} in this installation; there is: cpu")
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and (index.isdigit() or device == "cuda"):
+        from gpu.cuda.backend import open_cuda
+
+        return open_cuda(int(index or 0))
+    raise UnknownDevice(f"there is no device {device!r}: choose cpu, cuda or cuda:N")

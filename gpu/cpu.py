@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gpu.errors import CannotMap
+from gpu.host_pool import HostPool, HostScratch, MappedHostPool
 from gpu.memory import available_bytes
-from gpu.pool import MappedPool, Pool, PoolExport, PoolSpec
+from gpu.pool import PoolExport, PoolSpec
 from gpu.stream import HostStream
 
 
@@ -13,33 +13,30 @@ class CpuBackend:
 
     name = "cpu"
     torch_device = "cpu"
+    dtype = "float32"
+    block_format = "float32 xxh3"
 
     def __init__(self) -> None:
         self._streams: list[HostStream] = []
-        self._pools: list[Pool] = []
+        self._pools: list[HostPool] = []
 
     def open_stream(self, name: str, *, priority: int = 0) -> HostStream:
         stream = HostStream(name, priority=priority)
         self._streams.append(stream)
         return stream
 
-    def allocate_pool(self, spec: PoolSpec) -> Pool:
+    def allocate_pool(self, spec: PoolSpec) -> HostPool:
         """Raises OutOfMemory."""
-        pool = Pool(spec)
+        pool = HostPool(spec)
         self._pools.append(pool)
         return pool
 
-    def map_pool(self, export: PoolExport) -> MappedPool:
-        """Raises CannotMap."""
-        return MappedPool(export)
+    def allocate_scratch(self, num_blocks: int, block_bytes: int) -> HostScratch:
+        return HostScratch(num_blocks, block_bytes)
 
-    def can_map(self, export: PoolExport) -> bool:
-        """Whether map_pool would succeed now: the other end shares this host's memory and lets us read it."""
-        try:
-            MappedPool(export).close()
-        except CannotMap:
-            return False
-        return True
+    def map_pool(self, export: PoolExport) -> MappedHostPool:
+        """Raises CannotMap."""
+        return MappedHostPool(export)
 
     def memory_budget(self) -> int:
         return available_bytes()

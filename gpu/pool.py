@@ -1,31 +1,21 @@
-"""A pool: one allocation of equal blocks, which its owner alone writes and other processes on the host may map.
+"""What a pool is, on any device: one allocation of equal blocks, which its owner alone writes and other processes may map.
 
 Knows bytes, block numbers, who made the memory (generation) and what a block means (layout fingerprint). Does not know which
-blocks are in use, by whom, or what is in them.
-
-After the last block lies a page that says what the memory is. Whoever maps a pool compares it with the handle it was given, so
-that a descriptor number that now means something else is noticed. The owner clears it when it closes the pool.
+blocks are in use, by whom, or what is in them. `gpu.host_pool` is the one in host memory.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-import secrets
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, TypeVar
 
-import numpy as np
-import numpy.typing as npt
+from gpu.errors import LayoutMismatch
+from gpu.stream import Deferred
 
-from gpu.copy import checksum_blocks, copy_checked, copy_plain
-from gpu.errors import BrokenPool, CannotMap, ChecksumMismatch, LayoutMismatch, OutOfMemory, PoolClosed
-from gpu.memory import Bytes, SharedMemory, available_bytes, map_shared
-
-_LABEL = struct.Struct("<8sQQQQ")  # magic, generation, layout, num_blocks, block_bytes
-_MAGIC = b"epd pool"
-_NO_LABEL = bytes(_LABEL.size)
+T = TypeVar("T")
+Now: TypeAlias = T | Deferred[T]
+"""A value, or, from a call on a stream, what will give it once the device has come so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,183 +36,96 @@ class PoolSpec:
 
 @dataclass(frozen=True, slots=True)
 class PoolExport:
-    """How a process on the same host finds a pool."""
+    """How a process on the same host finds a pool. `handle` is the word of the backend that made it to the one that maps it."""
 
-    pid: int
-    fd: int
-    inode: int
+    memory: str  # "memfd" | "cuda-ipc"
+    handle: bytes
     num_blocks: int
     block_bytes: int
     generation: int
     layout: int
 
-    @property
-    def size(self) -> int:
-        """Bytes of the whole memory, its last page included."""
-        return _memory_size(self.num_blocks, self.block_bytes)
 
-
-class Pool:
-    """Blocks that this process owns and writes."""
-
-    def __init__(self, spec: PoolSpec) -> None:
-        """Raises OutOfMemory where the memory is not there to be had."""
-        size = _memory_size(spec.num_blocks, spec.block_bytes)
-        if size > (left := available_bytes()):
-            raise OutOfMemory(size, left)
-        self.kind = spec.kind
-        self.layout = spec.layout
-        self.num_blocks = spec.num_blocks
-        self.block_bytes = spec.block_bytes
-        self.generation = secrets.randbits(63)
-        self.memory = SharedMemory(f"epd-{spec.kind}", size)
-        self._label = _LABEL.pack(_MAGIC, self.generation, self.layout, self.num_blocks, self.block_bytes)
-        self._write_label(self._label)
+class Blocks(Protocol):
+    """Blocks that can be copied from: an own pool, or another process's."""
 
     @property
-    def blocks(self) -> Bytes:
-        """All blocks, uint8 [num_blocks, block_bytes]."""
-        if self.memory.fd < 0:
-            raise PoolClosed(f"this {self.kind} pool has been closed")
-        return _blocks_of(self.memory.bytes, self.num_blocks, self.block_bytes)
+    def layout(self) -> int: ...
 
-    def array(self, dtype: npt.DTypeLike, block_shape: Sequence[int]) -> npt.NDArray[np.generic]:
-        """A writable view [num_blocks, *block_shape]. Raises ValueError unless `block_shape` of `dtype` fills a block."""
-        wanted = int(np.prod(block_shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        if wanted != self.block_bytes:
-            raise ValueError(
-                f"blocks of {tuple(block_shape)} {np.dtype(dtype)} take {wanted} bytes and this pool's have {self.block_bytes}"
-            )
-        return self.blocks.view(dtype).reshape(self.num_blocks, *block_shape)
+    @property
+    def num_blocks(self) -> int: ...
 
-    def block(self, block_id: int) -> memoryview:
-        """One block's bytes, writable."""
-        check_ids((block_id,), self.num_blocks)
-        return memoryview(self.blocks[block_id])
+    @property
+    def block_bytes(self) -> int: ...
 
-    def checksum(self, block_ids: Sequence[int]) -> list[int]:
-        """xxh3-64 of each whole block."""
-        return checksum_blocks(self.blocks, check_ids(block_ids, self.num_blocks))
+    @property
+    def generation(self) -> int: ...
 
-    def export(self) -> PoolExport:
-        if self.memory.fd < 0:
-            raise PoolClosed(f"this {self.kind} pool has been closed")
-        return PoolExport(
-            pid=os.getpid(),
-            fd=self.memory.fd,
-            inode=self.memory.inode,
-            num_blocks=self.num_blocks,
-            block_bytes=self.block_bytes,
-            generation=self.generation,
-            layout=self.layout,
-        )
+    def close(self) -> None: ...
+
+
+class Landing(Protocol):
+    """Host memory for blocks on their way from a socket to a device. On the host it is the blocks themselves."""
+
+    @property
+    def buffers(self) -> Sequence[memoryview]:
+        """One per block, writable, block_bytes each."""
+
+    def settle(self, checksums: Sequence[int]) -> Now[int]:
+        """Bring what has landed to its blocks and prove it, on a stream: the place of the first wrong block, or -1."""
+
+
+class Destination(Protocol):
+    """Blocks that a transfer writes."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    def copy_from(self, src: Blocks, src_ids: Sequence[int], dst_ids: Sequence[int], checksums: Sequence[int]) -> Now[int]:
+        """Copy block src_ids[i] to block dst_ids[i] and compare it with its checksum, on a stream.
+
+        Returns the place of the first block whose bytes differ, or -1. Raises IndexError for ids outside of either, ValueError
+        for blocks of another size, PoolClosed when the source has been closed.
+        """
+
+    def landing(self, block_ids: Sequence[int]) -> Landing: ...
+
+
+class Pool(Destination, Blocks, Protocol):
+    """Blocks that this process owns and others may map."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def is_host(self) -> bool:
+        """Whether `read` gives views of the blocks at once. Elsewhere it copies and has to run on a stream."""
+
+    def read(self, block_ids: Sequence[int]) -> Sequence[memoryview]:
+        """The bytes of each block, for a socket."""
+
+    def checksum(self, block_ids: Sequence[int]) -> Now[list[int]]:
+        """Of each whole block, on a stream. Which sum it is belongs to the layout."""
+
+    def export(self) -> PoolExport: ...
 
     def check_integrity(self) -> None:
         """Raises BrokenPool when the memory is not the one that this pool made, or when something wrote past its blocks."""
-        if self.memory.fd < 0:
-            raise PoolClosed(f"this {self.kind} pool has been closed")
-        found = os.fstat(self.memory.fd)
-        if found.st_ino != self.memory.inode or found.st_size != self.memory.size:
-            raise BrokenPool(f"descriptor {self.memory.fd} no longer is this {self.kind} pool's memory")
-        end = self.num_blocks * self.block_bytes
-        tail = self.memory.bytes[end:]
-        label_at = len(tail) - mmap.PAGESIZE
-        if tail[label_at : label_at + _LABEL.size].tobytes() != self._label:
-            raise BrokenPool(f"the last page of this {self.kind} pool was overwritten")
-        if tail[:label_at].any() or tail[label_at + _LABEL.size :].any():
-            raise BrokenPool(f"something wrote past the last block of this {self.kind} pool")
-
-    def close(self) -> None:
-        """Say to those who have it mapped that it is over, and let go. Arrays over it stay valid until they are dropped."""
-        if self.memory.fd < 0:
-            return
-        self._write_label(_NO_LABEL)
-        self.memory.close()
-
-    def _write_label(self, label: bytes) -> None:
-        at = self.memory.size - mmap.PAGESIZE
-        self.memory.bytes[at : at + _LABEL.size] = np.frombuffer(label, dtype=np.uint8)
 
 
-class MappedPool:
-    """Another process's pool, to be read. It stays readable when its owner dies; `is_current` says whether that has closed it."""
+class Scratch(Destination, Protocol):
+    """Blocks for this process alone and for a short while: gone when the last array over them has gone."""
 
-    def __init__(self, export: PoolExport) -> None:
-        """Raises CannotMap unless what is mapped is the pool that `export` names."""
-        self.layout = export.layout
-        self.num_blocks = export.num_blocks
-        self.block_bytes = export.block_bytes
-        self.generation = export.generation
-        self._bytes: Bytes | None = map_shared(export.pid, export.fd, export.inode, export.size)
-        self._label = _LABEL.pack(_MAGIC, self.generation, self.layout, self.num_blocks, self.block_bytes)
-        if not self.is_current:
-            self._bytes = None
-            raise CannotMap(f"descriptor {export.fd} of process {export.pid} is not the pool of generation {export.generation}")
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the memory still says that it is the pool that was mapped: so after its owner's death, not after its close."""
-        if self._bytes is None:
-            return False
-        at = len(self._bytes) - mmap.PAGESIZE
-        return self._bytes[at : at + _LABEL.size].tobytes() == self._label
-
-    @property
-    def blocks(self) -> Bytes:
-        """All blocks, uint8 [num_blocks, block_bytes], read-only. Raises PoolClosed when either side has closed it."""
-        if self._bytes is None or not self.is_current:
-            raise PoolClosed("this mapped pool has been closed")
-        return _blocks_of(self._bytes, self.num_blocks, self.block_bytes)
-
-    def block(self, block_id: int) -> memoryview:
-        """One block's bytes, read-only."""
-        check_ids((block_id,), self.num_blocks)
-        return memoryview(self.blocks[block_id])
-
-    def close(self) -> None:
-        """Let go. The mapping ends when the last view of a block has gone."""
-        self._bytes = None
+    def rows(self, width: int) -> Any:
+        """All blocks as rows [n, width] of the backend's dtype: a NumPy array on the host, a torch tensor on a device."""
 
 
-def copy_blocks(
-    src: Pool | MappedPool,
-    src_ids: Sequence[int],
-    dst: Pool,
-    dst_ids: Sequence[int],
-    checksums: Sequence[int] | None = None,
-) -> None:
-    """Copy block src_ids[i] of `src` to block dst_ids[i] of `dst`, for all i, without holding the interpreter's lock.
-
-    With `checksums` (xxh3-64 of each whole block, as its sender computed them) the bytes that were written are compared with
-    them; ChecksumMismatch names the first that differs, and blocks before it have been copied. Raises LayoutMismatch between
-    pools whose blocks mean different things, IndexError for ids outside of a pool, PoolClosed when either has been closed.
-    """
-    if src.layout != dst.layout or src.block_bytes != dst.block_bytes:
-        raise LayoutMismatch(f"blocks of layout {src.layout:#x} cannot go into a pool of layout {dst.layout:#x}")
-    if len(src_ids) != len(dst_ids) or (checksums is not None and len(checksums) != len(src_ids)):
-        raise ValueError("a copy needs as many destinations, and as many checksums, as sources")
-    sources, destinations = np.asarray(src_ids, dtype=np.int64), np.asarray(dst_ids, dtype=np.int64)
-    if checksums is None:
-        copy_plain(src.blocks, sources, dst.blocks, destinations)
-        return
-    bad = copy_checked(src.blocks, sources, dst.blocks, destinations, np.asarray(checksums, dtype=np.uint64))
-    if bad >= 0:
-        raise ChecksumMismatch(bad)
-
-
-def check_ids(block_ids: Sequence[int], num_blocks: int) -> npt.NDArray[np.int64]:
-    """The ids as an array. Raises IndexError when one is outside of [0, num_blocks)."""
-    ids = np.asarray(block_ids, dtype=np.int64)
-    if len(ids) and (ids.min() < 0 or ids.max() >= num_blocks):
-        raise IndexError(f"block ids {ids.min()}..{ids.max()} are not all inside a pool of {num_blocks} blocks")
-    return ids
-
-
-def _blocks_of(memory: Bytes, num_blocks: int, block_bytes: int) -> Bytes:
-    return memory[: num_blocks * block_bytes].reshape(num_blocks, block_bytes)
-
-
-def _memory_size(num_blocks: int, block_bytes: int) -> int:
-    """The blocks, rounded up to whole pages, and the page with the label."""
-    pages = -(-num_blocks * block_bytes // mmap.PAGESIZE)
-    return (pages + 1) * mmap.PAGESIZE
+def check_copy(src: Blocks, dst: Destination, src_ids: Sequence[int], dst_ids: Sequence[int], checksums: Sequence[int]) -> None:
+    """Raises LayoutMismatch or ValueError for a copy that makes no sense whatever the ids are."""
+    if src.block_bytes != dst.block_bytes:
+        raise LayoutMismatch(f"blocks of {src.block_bytes} bytes cannot go where blocks of {dst.block_bytes} lie")
+    if not len(src_ids) == len(dst_ids) == len(checksums):
+        raise ValueError("a copy needs as many destinations and checksums as sources")

@@ -1,4 +1,4 @@
-"""A stream on the CPU: one thread that runs what it is given, one after the other, in the order given."""
+"""A stream: calls that run one after the other, in the order given, off the caller's thread. And the CPU's, a thread."""
 
 from __future__ import annotations
 
@@ -6,15 +6,36 @@ import functools
 import os
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from gpu.errors import StreamClosed
 
 P = ParamSpec("P")
 T = TypeVar("T")
 _Work = tuple["Future[Any]", Callable[[], Any]]
+
+
+class Deferred(ABC, Generic[T]):
+    """What a call may return in place of its value while the device is still at its work."""
+
+    @abstractmethod
+    def value(self) -> T:
+        """Called once, when the device has passed the point at which the call returned."""
+
+
+class Stream(Protocol):
+    """Calls in order, one at a time, off the caller's thread.
+
+    A call returns as soon as its work has been given to the device, and the next one begins; its future resolves when the device
+    has finished the work. So a device always has the next call's work before it is done with the last.
+    """
+
+    def submit(self, fn: Callable[P, T | Deferred[T]], *args: P.args, **kwargs: P.kwargs) -> Future[T]: ...
+
+    def close(self) -> None: ...
 
 
 class HostStream:
@@ -35,7 +56,7 @@ class HostStream:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    def submit(self, fn: Callable[P, T | Deferred[T]], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run fn(*args, **kwargs) after all that was submitted before. A future cancelled before its turn is passed over."""
         future: Future[T] = Future()
         with self._closing:  # nothing may be put behind the end mark
@@ -64,7 +85,9 @@ class HostStream:
                 future.set_exception(StreamClosed(f"stream {self.name} was closed before this ran"))
                 continue
             try:
-                future.set_result(call())
+                value = call()
+                future.set_result(value.value() if isinstance(value, Deferred) else value)
+                del value
             except BaseException as error:
                 future.set_exception(error)
             del work, future, call  # hold nothing while waiting for more

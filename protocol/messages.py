@@ -86,10 +86,8 @@ class PoolRef(Part, frozen=True):
     layout: int  # fingerprint of model geometry, dtype, block size and order; both ends must agree
     num_blocks: int
     block_bytes: int
-    pid: int = 0
-    fd: int = -1
-    inode: int = 0
-    ipc_handle: bytes = b""
+    memory: str = ""  # "memfd" | "cuda-ipc"
+    handle: bytes = b""  # the word of one backend to another of its kind
 
 
 class EmbeddingRef(Part, frozen=True):
@@ -332,8 +330,17 @@ class Failed(Message, frozen=True, tag=41):
 # --- membership -----------------------------------------------------------------------------------------------------
 
 
+class Spread(Part, frozen=True):
+    """A histogram since the worker's start: values per bucket of the figure's bounds (epd.distribution), and their sum."""
+
+    figure: str
+    counts: tuple[int, ...]
+    total: float
+    label: str = ""  # what kind of them these are, where a figure has kinds: the rung of a transfer
+
+
 class StageLoad(Part, frozen=True):
-    """What placement looks at, per stage of a worker."""
+    """What placement looks at, per stage of a worker, and what the gateway's metrics show of it."""
 
     role: str
     num_waiting: int = 0
@@ -350,6 +357,10 @@ class StageLoad(Part, frozen=True):
     is_idle_clean: bool = True  # last check_integrity() at idle passed
     busy_s: float = 0.0  # time spent in steps since start
     num_steps: int = 0
+    num_tokens: int = 0  # since start: rows encoded, prompt tokens computed, tokens drawn
+    num_evictions: int = 0  # since start: cached blocks that gave way to others
+    transfer_failures: tuple[tuple[str, int], ...] = ()  # since start: wire code, how often blocks could not be brought here
+    spreads: tuple[Spread, ...] = ()
 
 
 class LinkLoad(Part, frozen=True):
@@ -360,6 +371,18 @@ class LinkLoad(Part, frozen=True):
     num_transfers: int = 0
     num_bytes: int = 0
     transfer_s: float = 0.0
+
+
+class ProcessLoad(Part, frozen=True):
+    """What a worker's process and its device use. A ratio or size that nobody can tell is -1."""
+
+    cpu_s: float  # of all threads, since start
+    rss_bytes: int
+    device_name: str = ""  # as its maker calls it; empty: no accelerator
+    utilisation: float = -1.0  # share of the last second in which the accelerator ran anything, 0 to 1
+    memory_used_bytes: int = -1  # of the accelerator, by everybody
+    memory_total_bytes: int = -1
+    power_w: float = -1.0
 
 
 class Join(Message, frozen=True, tag=50):
@@ -386,6 +409,7 @@ class ReportLoad(Message, frozen=True, tag=52):
     stages: tuple[StageLoad, ...]
     links: tuple[LinkLoad, ...]
     draining: bool = False
+    process: ProcessLoad | None = None
 
 
 class Drain(Message, frozen=True, tag=53):

@@ -73,17 +73,16 @@ class StageParts:
         assert self.embedding_memory is not None
         assert self.vision_runner is not None
         engine = self.config.engine
+        reads = self.backend.open_stream("encode reads")
         cache = EncoderCache(BlockPool(self.sizes.num_embedding_blocks), block_rows=EMBEDDING_BLOCK_ROWS)
         return EncodeActor(
             batcher=EncodeBatcher(max_patches=engine.max_patches, max_images=MAX_IMAGES_PER_STEP),
             cache=cache,
             memory=self.embedding_memory,
-            sender=Sender(system.endpoint.worker, "embedding", self.embedding_memory, cache, clock),
+            sender=Sender(system.endpoint.worker, "embedding", self.embedding_memory, cache, reads, clock),
             runner=self.vision_runner,
             stream=self.backend.open_stream("encode"),
             preprocess_stream=self.backend.open_stream("preprocess"),
-            block_rows=EMBEDDING_BLOCK_ROWS,
-            width=self.model.embedding_width,
             lease_s=engine.lease_s,
             clock=clock,
         )
@@ -97,6 +96,7 @@ class StageParts:
         assert self.text_model is not None
         engine = self.config.engine
         receiver = self._receiver(system, "prefill transfer", local, clock)
+        reads = self.backend.open_stream("prefill reads")  # checksums, and blocks for sockets
         scheduler = PrefillScheduler(
             PrefillConfig(
                 block_size=engine.block_size,
@@ -112,20 +112,21 @@ class StageParts:
             scheduler=scheduler,
             blocks=blocks,
             memory=self.kv_memory,
-            sender=Sender(system.endpoint.worker, "kv", self.kv_memory, blocks, clock),
+            sender=Sender(system.endpoint.worker, "kv", self.kv_memory, blocks, reads, clock),
             receiver=receiver,
             fetcher=EmbeddingFetcher(
                 system,
                 receiver,
+                allocate=lambda num: self.backend.allocate_scratch(num, self.sizes.embedding_block_bytes),
                 block_rows=EMBEDDING_BLOCK_ROWS,
                 width=self.model.embedding_width,
-                layout=self.model.embedding_layout,
+                layout=self.model.embedding_layout(self.backend.block_format),
             ),
             runner=TextModelRunner(
                 self.model, self.text_model, self.backend, self.kv_memory, engine.block_size, self.config.num_threads
             ),
             stream=self.backend.open_stream("prefill"),
-            checksum_stream=self.backend.open_stream("prefill checksums"),
+            checksum_stream=reads,
             merge_size=self._merge_size,
             lease_s=engine.lease_s,
             spare_blocks=(lambda: decode.num_running) if decode is not None else (lambda: 0),
@@ -198,15 +199,22 @@ def load(config: ServeConfig, folder: Path, model: ModelConfig, report: Report) 
         if "encode" in config.roles and model.vision is not None:
             report("loading the vision tower")
             weights = load_vision_weights(model, folder, config.load_format)
-            parts.vision_runner = VisionModelRunner(model, VisionModel(model.vision, weights), backend, config.num_threads)
-            parts.embedding_memory = backend.allocate_pool(
-                PoolSpec(sizes.num_embedding_blocks, sizes.embedding_block_bytes, "embedding", model.embedding_layout)
+            layout = model.embedding_layout(backend.block_format)
+            spec = PoolSpec(sizes.num_embedding_blocks, sizes.embedding_block_bytes, "embedding", layout)
+            parts.embedding_memory = backend.allocate_pool(spec)
+            parts.vision_runner = VisionModelRunner(
+                model,
+                VisionModel(model.vision, weights),
+                backend,
+                parts.embedding_memory,
+                EMBEDDING_BLOCK_ROWS,
+                config.num_threads,
             )
             report(f"embedding pool: {sizes.embedding_bytes / 2**20:.0f} MiB")
         if {"prefill", "decode"} & set(config.roles):
             report("loading the language model")
             parts.text_model = TextModel(model, load_text_weights(model, folder, config.load_format))
-            layout = model.kv_layout(config.engine.block_size)
+            layout = model.kv_layout(config.engine.block_size, backend.block_format)
             parts.kv_memory = backend.allocate_pool(PoolSpec(sizes.num_kv_blocks, sizes.kv_block_bytes, "kv", layout))
             num_tokens = sizes.num_kv_blocks * config.engine.block_size
             report(f"KV pool: {sizes.kv_bytes / 2**20:.0f} MiB for {num_tokens} tokens, at most {sizes.max_model_len} a request")

@@ -24,8 +24,8 @@ from epd.stage import StageActor, unexpected
 from epd.step import StepPlan, TextRunner, read_token_ids
 from epd.stream import on_stream
 from epd.transfer.receiver import Receiver
-from gpu.backend import Stream
 from gpu.pool import Pool
+from gpu.stream import Stream
 from protocol.messages import Abort, Decode, Finished, Handoff, LinkLoad, Preempted, RequestId, StageLoad, Token
 
 

@@ -51,7 +51,7 @@ class Copying:
         own = self._reservation.block_ids[start : start + len(wanted.block_ids)]
         if len(own) != len(wanted.block_ids):
             raise StaleHandle("prefill sent more blocks than the prompt has")
-        await self._receiver.pull(wanted, source, self._memory.blocks, own)
+        await self._receiver.pull(wanted, source, self._memory, own)
         self.num_taken += len(own)
 
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-import numpy as np
-
 from epd.cache.encoder_cache import Embedding, EncoderCache
 from epd.clock import Clock
 from epd.encode.batcher import EncodeBatcher, EncodeJob, Waiter
@@ -22,8 +20,8 @@ from epd.stage import StageActor, unexpected
 from epd.step import FloatArray, ImageInput, VisionRunner
 from epd.stream import on_stream
 from epd.transfer.sender import Sender
-from gpu.backend import Stream
 from gpu.pool import Pool
+from gpu.stream import Stream
 from protocol.messages import Abort, EmbeddingRef, Encode, Encoded, LinkLoad, RequestId, Span, StageLoad
 
 _Patches = FloatArray | Exception
@@ -44,8 +42,6 @@ class EncodeActor(StageActor):
         runner: VisionRunner,
         stream: Stream,
         preprocess_stream: Stream,
-        block_rows: int,
-        width: int,
         lease_s: float,
         clock: Clock,
     ) -> None:
@@ -57,7 +53,6 @@ class EncodeActor(StageActor):
         self._runner = runner
         self._stream = stream
         self._preprocess_stream = preprocess_stream
-        self._rows = memory.array(np.float32, (block_rows, width)).reshape(memory.num_blocks, block_rows, width)
         self._lease_s = lease_s
         self._images: dict[str, bytes | memoryview] = {}  # of queued and running jobs, by mm_hash
         self._replies: dict[Waiter, list[tuple[Reply, float]]] = {}  # and when each was asked
@@ -74,7 +69,7 @@ class EncodeActor(StageActor):
                 self._abort(request_id, epoch)
                 self._release_leases(request_id, epoch)
             case _:
-                if not self._sender.handle(mail):
+                if not self._sender.handle(mail, self):
                     raise unexpected(self, mail)
                 self.wake()  # a released lease may have made room
 
@@ -121,10 +116,10 @@ class EncodeActor(StageActor):
     async def _run(self, batch: Sequence[EncodeJob], patches: Sequence[_Patches], picked_at: float) -> None:
         started = self.clock()
         try:
-            stored = await on_stream(self._stream, self._encode_and_store, batch, patches, self._reserved(batch))
+            stored = await on_stream(self._stream, self._runner.encode_patches, patches, _grids(batch), self._reserved(batch))
         except Exception as error:
             self._log.error("an encode step failed", error=error, num_images=len(batch))
-            stored = [error] * len(batch)
+            stored = (error,) * len(batch)
         now = self.clock()
         self.busy_s += now - started
         self.num_steps += 1
@@ -141,24 +136,6 @@ class EncodeActor(StageActor):
 
     def _reserved(self, batch: Sequence[EncodeJob]) -> list[tuple[int, ...]]:
         return [self._cache.pending_blocks(job.mm_hash) for job in batch]
-
-    def _encode_and_store(
-        self, batch: Sequence[EncodeJob], patches: Sequence[_Patches], block_ids: Sequence[tuple[int, ...]]
-    ) -> list[list[int] | Exception]:
-        """On the stream: rows into the pool; per image the checksums of its blocks, or what went wrong with it."""
-        grids = [(job.item.grid_t, job.item.grid_h, job.item.grid_w) for job in batch]
-        return [
-            rows if isinstance(rows, Exception) else self._store(rows, ids)
-            for rows, ids in zip(self._runner.encode_patches(patches, grids), block_ids, strict=True)
-        ]
-
-    def _store(self, rows: FloatArray, block_ids: Sequence[int]) -> list[int]:
-        block_rows = self._rows.shape[1]
-        for place, block_id in enumerate(block_ids):
-            part = rows[place * block_rows : (place + 1) * block_rows]
-            self._rows[block_id, : len(part)] = part
-            self._rows[block_id, len(part) :] = 0.0  # what the checksum covers is the same every time
-        return self._memory.checksum(block_ids)
 
     # --- answers ----------------------------------------------------------------------------------------------------
 
@@ -263,3 +240,7 @@ class EncodeActor(StageActor):
         self._batcher.check_integrity()
         self._cache.check_integrity()
         self._memory.check_integrity()
+
+
+def _grids(batch: Sequence[EncodeJob]) -> list[tuple[int, int, int]]:
+    return [(job.item.grid_t, job.item.grid_h, job.item.grid_w) for job in batch]

@@ -14,6 +14,7 @@ from typing import Any
 
 from epd.errors import BadCheckpoint, BadConfig
 
+HOST_FORMAT = "float32 xxh3"  # of blocks in host memory
 ARCHITECTURES = ("Qwen3VLForConditionalGeneration", "Qwen3ForCausalLM")
 
 
@@ -94,18 +95,17 @@ class ModelConfig:
         """Numbers in one row of an image's embedding: the main row, then one per deepstack layer."""
         return (1 + self.num_deepstack) * self.text.hidden_size
 
-    @property
-    def embedding_layout(self) -> int:
-        """Fingerprint of an embedding row; two ends that agree on it can exchange embeddings."""
-        return _fingerprint("embedding", "float32", self.num_deepstack, self.text.hidden_size)
+    def embedding_layout(self, block_format: str = HOST_FORMAT) -> int:
+        """Fingerprint of an embedding row; two ends that agree on it can exchange embeddings. The format is the backend's."""
+        return _fingerprint("embedding", block_format, self.num_deepstack, self.text.hidden_size)
 
     def kv_block_shape(self, block_size: int) -> tuple[int, int, int, int, int]:
-        """[num_layers, 2 (key, value), num_kv_heads, block_size, head_dim], float32."""
+        """[num_layers, 2 (key, value), num_kv_heads, block_size, head_dim], in the backend's dtype."""
         return (self.text.num_layers, 2, self.text.num_kv_heads, block_size, self.text.head_dim)
 
-    def kv_layout(self, block_size: int) -> int:
-        """Fingerprint of a KV block; two ends that agree on it can exchange blocks."""
-        return _fingerprint("kv", "float32", "layer,kv,head,token,dim", *self.kv_block_shape(block_size))
+    def kv_layout(self, block_size: int, block_format: str = HOST_FORMAT) -> int:
+        """Fingerprint of a KV block; two ends that agree on it can exchange blocks. The format is the backend's."""
+        return _fingerprint("kv", block_format, "layer,kv,head,token,dim", *self.kv_block_shape(block_size))
 
 
 def load_model_config(folder: str | Path) -> ModelConfig:

@@ -22,8 +22,9 @@ from epd.model.sampler import sample
 from epd.model.text import Buffers, TextModel
 from epd.model.vision import VisionModel
 from epd.model.weights import Weights
-from epd.step import EncodeOutput, ImageInput, StepOutput, StepPlan
+from epd.step import ImageInput, StepOutput, StepPlan
 from gpu.backend import Backend
+from gpu.host_pool import HostPool
 from gpu.pool import Pool
 from gpu.team import Team
 from protocol.messages import Token
@@ -45,10 +46,10 @@ class TextModelRunner:
     ) -> None:
         """`weights`: the text role's, or another runner's `model`, to share one copy. BadConfig for a pool of other blocks."""
         _require_cpu(backend)
-        if kv_pool.layout != config.kv_layout(block_size):
+        if kv_pool.layout != config.kv_layout(block_size, backend.block_format):
             raise BadConfig(f"the KV pool's blocks are not those of this model with {block_size} tokens a block")
         self.model = weights if isinstance(weights, TextModel) else TextModel(config, weights)
-        self._kv: FloatArray = kv_pool.array(np.float32, config.kv_block_shape(block_size)).view(np.float32)
+        self._kv: FloatArray = _host(kv_pool).array(np.float32, config.kv_block_shape(block_size)).view(np.float32)
         self._block_size = block_size
         self._buffers = Buffers(config.text)
         self._threads = _Threads(num_threads)
@@ -80,25 +81,27 @@ class TextModelRunner:
 
 
 class VisionModelRunner:
-    """Encodes images, those of one call together."""
+    """Encodes images into the embedding pool of its stage, those of one call together."""
 
-    def __init__(self, config: ModelConfig, weights: Weights | VisionModel, backend: Backend, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights | VisionModel,
+        backend: Backend,
+        memory: Pool,
+        block_rows: int,
+        num_threads: int = 1,
+    ) -> None:
+        """`memory`: blocks of `block_rows` rows [config.embedding_width]. BadConfig for a model without a vision tower."""
         _require_cpu(backend)
         if config.vision is None or config.image is None:
             raise BadConfig(f"{config.architecture} has no vision tower to encode images with")
         self.model = weights if isinstance(weights, VisionModel) else VisionModel(config.vision, weights)
         self._image = config.image
+        self._memory = _host(memory)
+        self._rows = self._memory.array(np.float32, (block_rows, config.embedding_width)).view(np.float32)
         self._threads = _Threads(num_threads)
         self._team = Team(num_threads) if num_threads > 1 else None
-
-    def encode(self, images: tuple[ImageInput, ...]) -> EncodeOutput:
-        """Preprocess and encode; an image that cannot be decoded fails alone."""
-        started = time.perf_counter()
-        patches = [self.preprocess(image) for image in images]
-        preprocessed = time.perf_counter()
-        rows = self.encode_patches(patches, [image.grid for image in images])
-        finished = time.perf_counter()
-        return EncodeOutput(rows, finished - started, preprocessed - started)
 
     def preprocess(self, image: ImageInput) -> FloatArray | BadImage:
         """Patches of one image, or what is wrong with it. Touches no model: may run on any thread, while encode_patches runs."""
@@ -108,16 +111,28 @@ class VisionModelRunner:
             return error
 
     def encode_patches(
-        self, patches: Sequence[FloatArray | Exception], grids: Sequence[Grid]
-    ) -> tuple[FloatArray | Exception, ...]:
-        """Rows per image [num_tokens, (1 + num_deepstack) * hidden_size] float32; an exception in `patches` passes through."""
+        self, patches: Sequence[FloatArray | Exception], grids: Sequence[Grid], block_ids: Sequence[Sequence[int]]
+    ) -> tuple[list[int] | Exception, ...]:
+        """As VisionRunner says."""
         self._threads.apply()
         good = [(each, grid) for each, grid in zip(patches, grids, strict=True) if not isinstance(each, Exception)]
         encoded = iter(self.model.forward([each for each, _ in good], [grid for _, grid in good], self._team) if good else [])
-        return tuple(each if isinstance(each, Exception) else next(encoded) for each in patches)
+        return tuple(
+            each if isinstance(each, Exception) else self._store(next(encoded), ids)
+            for each, ids in zip(patches, block_ids, strict=True)
+        )
+
+    def _store(self, rows: FloatArray, block_ids: Sequence[int]) -> list[int]:
+        block_rows = self._rows.shape[1]
+        for place, block_id in enumerate(block_ids):
+            part = rows[place * block_rows : (place + 1) * block_rows]
+            self._rows[block_id, : len(part)] = part
+            self._rows[block_id, len(part) :] = 0.0  # what the checksum covers is the same every time
+        return self._memory.checksum(block_ids)
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """Let go of the pool's memory and the threads."""
+        del self._rows
         if self._team:
             self._team.close()
 
@@ -138,3 +153,9 @@ class _Threads:
 def _require_cpu(backend: Backend) -> None:
     if backend.torch_device != "cpu":
         raise BadConfig(f"this version runs models on the CPU, not on {backend.torch_device}")
+
+
+def _host(pool: Pool) -> HostPool:
+    if not isinstance(pool, HostPool):
+        raise BadConfig(f"a {type(pool).__name__} is not in host memory")
+    return pool

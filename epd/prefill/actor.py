@@ -27,8 +27,8 @@ from epd.step import EmbeddingSpan, SampleRequest, SequenceStep, StepOutput, Ste
 from epd.stream import on_stream
 from epd.transfer.receiver import Receiver
 from epd.transfer.sender import Sender
-from gpu.backend import Stream
 from gpu.pool import Pool
+from gpu.stream import Stream
 from protocol.messages import (
     Abort,
     EmbeddingReady,
@@ -95,7 +95,7 @@ class PrefillActor(StageActor):
             case Abort(request_id=request_id, epoch=epoch):
                 self._abort(request_id, epoch, Cancelled("aborted"))
             case _:
-                if not self._sender.handle(mail):
+                if not self._sender.handle(mail, self):
                     raise unexpected(self, mail)
 
     def _add(self, message: Prefill, reply: Reply) -> None:

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
 
 from epd.errors import EpdError, StaleHandle
 from epd.microkernel.system import System
-from epd.step import FloatArray
+from epd.step import Rows
 from epd.transfer.receiver import Receiver
+from gpu.pool import Scratch
 from protocol.messages import Address, EmbeddingRef, Endpoint, MMItem, ReleaseLease
 
 
 class EmbeddingFetcher:
-    """Knows the shape of an embedding block: `block_rows` rows of `width` float32 numbers."""
+    """Knows the shape of an embedding block: `block_rows` rows of `width` numbers. `allocate`: memory for so many blocks."""
 
-    def __init__(self, system: System, receiver: Receiver, *, block_rows: int, width: int, layout: int) -> None:
+    def __init__(
+        self,
+        system: System,
+        receiver: Receiver,
+        *,
+        allocate: Callable[[int], Scratch],
+        block_rows: int,
+        width: int,
+        layout: int,
+    ) -> None:
         self._system = system
         self._receiver = receiver
+        self._allocate = allocate
         self._block_rows = block_rows
         self._width = width
         self._layout = layout
 
-    async def fetch(self, ref: EmbeddingRef, source: Endpoint, item: MMItem) -> FloatArray:
+    async def fetch(self, ref: EmbeddingRef, source: Endpoint, item: MMItem) -> Rows:
         """Rows [num_tokens, width] of an item's embedding.
 
         Raises:
@@ -31,9 +42,9 @@ class EmbeddingFetcher:
             raise StaleHandle(f"{ref.worker} encodes for another model")
         if ref.num_tokens != item.num_tokens or len(ref.block_ids) * self._block_rows < ref.num_tokens:
             raise StaleHandle(f"{ref.worker} has {ref.num_tokens} rows for an image of {item.num_tokens} tokens")
-        blocks = np.empty((len(ref.block_ids), self._block_rows * self._width * 4), dtype=np.uint8)
-        await self._receiver.pull(ref, source, blocks, range(len(ref.block_ids)))
-        rows: FloatArray = blocks.view(np.float32).reshape(-1, self._width)[: ref.num_tokens]
+        scratch = self._allocate(len(ref.block_ids))
+        await self._receiver.pull(ref, source, scratch, range(len(ref.block_ids)))
+        rows: Rows = scratch.rows(self._width)[: ref.num_tokens]
         return rows
 
     async def release(self, ref: EmbeddingRef) -> None:

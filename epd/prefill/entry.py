@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from epd.microkernel.actor import Reply
 from epd.prefill.handover import HandOver
 from epd.prefill.request import FinishedBlocks, PrefillRequest
-from epd.step import FloatArray, Int32Array
+from epd.step import Int32Array, Rows
 from protocol.messages import Span, Token
 
 _MAX_CHUNKS = 32  # that a span is kept of
@@ -18,7 +18,7 @@ class Entry:
     request: PrefillRequest
     reply: Reply
     positions: Int32Array  # [3, num_tokens]
-    rows: dict[int, FloatArray] = field(default_factory=dict)  # item index -> [num_tokens, embedding width]
+    rows: dict[int, Rows] = field(default_factory=dict)  # item index -> [num_tokens, embedding width]
     finished: list[FinishedBlocks] = field(default_factory=list)  # told by the scheduler, whether pulled or not
     hand_over: HandOver | None = None
     token: Token | None = None

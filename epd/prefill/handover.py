@@ -16,8 +16,8 @@ from epd.microkernel.actor import Mail, Reply
 from epd.prefill.request import FinishedBlocks, PrefillRequest
 from epd.stream import on_stream
 from epd.transfer.sender import Sender
-from gpu.backend import Stream
 from gpu.pool import Pool
+from gpu.stream import Stream
 from protocol.messages import Handoff, KVChunk, KVRef, PullKV, RequestId, Token
 
 _Event = tuple[FinishedBlocks, int] | Token | EpdError

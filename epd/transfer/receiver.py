@@ -9,18 +9,16 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from epd.clock import Clock
 from epd.errors import CorruptTransfer, InternalError, StaleHandle
 from epd.log import Log
 from epd.microkernel.system import System
 from epd.stream import on_stream
 from epd.transfer.plan import Ref, Rung, best_rung, check_handle, kind_of, pieces
-from gpu.backend import Backend, Stream
-from gpu.copy import Bytes, checksum_blocks, copy_checked
-from gpu.errors import CannotMap, PoolClosed
-from gpu.pool import MappedPool, Pool, PoolExport, check_ids
+from gpu.backend import Backend
+from gpu.errors import CannotMap, LayoutMismatch, PoolClosed
+from gpu.pool import Blocks, Destination, Pool, PoolExport
+from gpu.stream import Stream
 from protocol.messages import (
     Address,
     BlocksFetched,
@@ -43,7 +41,7 @@ class _Source:
     """What is known of one pool of one worker."""
 
     pool: PoolRef
-    mapped: MappedPool | None
+    mapped: Blocks | None
     num_readers: int = 0
     is_dropped: bool = False
 
@@ -73,8 +71,8 @@ class Receiver:
         self._figures: dict[WorkerId, _LinkFigures] = {}
         self._watched: dict[WorkerId, Callable[[], None]] = {}
 
-    async def pull(self, ref: Ref, source: Endpoint, dst: Bytes, dst_ids: Sequence[int]) -> None:
-        """Copy the blocks of `ref` to rows `dst_ids` of `dst`, uint8 [n, block_bytes], and check every block's checksum.
+    async def pull(self, ref: Ref, source: Endpoint, dst: Destination, dst_ids: Sequence[int]) -> None:
+        """Copy the blocks of `ref` to blocks `dst_ids` of `dst`, and check every block's checksum.
 
         Raises:
             StaleHandle: the handle does not fit the worker's pool, or its lease has ended.
@@ -95,7 +93,7 @@ class Receiver:
                 await self._read_mapped(known, known.mapped, ref, dst, dst_ids)
             else:
                 await self._fetch(ref, known.pool, dst, dst_ids)
-        self._count(source.worker, rung, len(dst_ids) * dst.shape[1], started)
+        self._count(source.worker, rung, len(dst_ids) * dst.block_bytes, started)
 
     def is_local(self, ref: Ref) -> bool:
         """Whether the handle points into a pool of this process."""
@@ -119,14 +117,16 @@ class Receiver:
 
     # --- rungs ------------------------------------------------------------------------------------------------------
 
-    async def _copy(self, pool: Pool | MappedPool, ref: Ref, dst: Bytes, dst_ids: Sequence[int]) -> None:
+    async def _copy(self, pool: Blocks, ref: Ref, dst: Destination, dst_ids: Sequence[int]) -> None:
         try:
-            wrong = await on_stream(self._stream, _copy_and_check, pool, ref.block_ids, dst, dst_ids, ref.checksums)
+            wrong = await on_stream(self._stream, dst.copy_from, pool, ref.block_ids, dst_ids, ref.checksums)
         except PoolClosed as error:
             raise StaleHandle(f"the pool of {ref.worker} has been closed") from error
+        except LayoutMismatch as error:
+            raise StaleHandle(f"blocks of {ref.worker} do not fit here: {error}") from error
         self._refuse_wrong(wrong, ref)
 
-    async def _read_mapped(self, source: _Source, mapped: MappedPool, ref: Ref, dst: Bytes, dst_ids: Sequence[int]) -> None:
+    async def _read_mapped(self, source: _Source, mapped: Blocks, ref: Ref, dst: Destination, dst_ids: Sequence[int]) -> None:
         source.num_readers += 1  # a mapping is not undone under a copy
         try:
             await self._copy(mapped, ref, dst, dst_ids)
@@ -135,16 +135,17 @@ class Receiver:
             if source.is_dropped and source.num_readers == 0:
                 mapped.close()
 
-    async def _fetch(self, ref: Ref, pool: PoolRef, dst: Bytes, dst_ids: Sequence[int]) -> None:
-        """Blocks over the link, received straight into where they belong."""
+    async def _fetch(self, ref: Ref, pool: PoolRef, dst: Destination, dst_ids: Sequence[int]) -> None:
+        """Blocks over the link, received straight into where they belong, or as near to it as the device lets a socket."""
         to = Address(ref.worker, _actor_of(ref))
-        out = [memoryview(dst[dst_id]) for dst_id in dst_ids]
         for piece in pieces(ref.block_ids, pool.block_bytes):
             message = FetchBlocks(kind_of(ref), ref.generation, ref.lease_id, ref.block_ids[piece])
-            answer = await self._system.ask(to, message, timeout_s=FETCH_TIMEOUT_S, into=out[piece])
+            landing = dst.landing(dst_ids[piece])
+            answer = await self._system.ask(to, message, timeout_s=FETCH_TIMEOUT_S, into=landing.buffers)
             if not isinstance(answer.message, BlocksFetched):
                 raise InternalError(f"{ref.worker} answered a fetch with {type(answer.message).__name__}")
-        self._refuse_wrong(await on_stream(self._stream, _check, dst, dst_ids, ref.checksums), ref)
+            wrong = await on_stream(self._stream, landing.settle, ref.checksums[piece])
+            self._refuse_wrong(wrong + piece.start if wrong >= 0 else wrong, ref)
 
     def _refuse_wrong(self, wrong: int, ref: Ref) -> None:
         if wrong >= 0:
@@ -174,13 +175,12 @@ class Receiver:
                 self._watched[ref.worker] = self._system.watch(ref.worker, self._forget)
             return self._sources[key]
 
-    def _map(self, pool: PoolRef, endpoint: Endpoint) -> MappedPool | None:
+    def _map(self, pool: PoolRef, endpoint: Endpoint) -> Blocks | None:
         if best_rung(self._system.endpoint, endpoint, allowed=self._allowed, cannot_map=False) is not Rung.MAPPED:
             return None
         export = PoolExport(
-            pid=pool.pid,
-            fd=pool.fd,
-            inode=pool.inode,
+            memory=pool.memory,
+            handle=pool.handle,
             num_blocks=pool.num_blocks,
             block_bytes=pool.block_bytes,
             generation=pool.generation,
@@ -209,21 +209,6 @@ class Receiver:
         figures.num_transfers += 1
         figures.num_bytes += num_bytes
         figures.transfer_s += self._clock() - started
-
-
-# Both run on the stream's thread and return the place of the first wrong block, or -1.
-
-
-def _copy_and_check(
-    src: Pool | MappedPool, src_ids: Sequence[int], dst: Bytes, dst_ids: Sequence[int], checksums: Sequence[int]
-) -> int:
-    sums = np.asarray(checksums, dtype=np.uint64)
-    return copy_checked(src.blocks, check_ids(src_ids, src.num_blocks), dst, np.asarray(dst_ids, dtype=np.int64), sums)
-
-
-def _check(dst: Bytes, dst_ids: Sequence[int], checksums: Sequence[int]) -> int:
-    found = checksum_blocks(dst, np.asarray(dst_ids, dtype=np.int64))
-    return next((place for place, (is_, should) in enumerate(zip(found, checksums, strict=True)) if is_ != should), -1)
 
 
 def _actor_of(ref: Ref) -> str:

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from epd.clock import Clock
-from epd.errors import StaleHandle
-from epd.microkernel.actor import Mail
+from epd.errors import EpdError, InternalError, StaleHandle
+from epd.microkernel.actor import Actor, Mail, Reply
+from epd.stream import on_stream
+from gpu.errors import GpuError
 from gpu.pool import Pool
+from gpu.stream import Stream
 from protocol.messages import (
     BlocksFetched,
     DescribePool,
@@ -37,7 +40,8 @@ class LeaseHolder(Protocol):
 class Sender:
     """Serves one pool of one stage actor."""
 
-    def __init__(self, worker: WorkerId, kind: str, memory: Pool, blocks: LeaseHolder, clock: Clock) -> None:
+    def __init__(self, worker: WorkerId, kind: str, memory: Pool, blocks: LeaseHolder, stream: Stream, clock: Clock) -> None:
+        """`stream` reads the blocks of a pool that is not in host memory."""
         export = memory.export()
         self.pool = PoolRef(
             worker=worker,
@@ -46,21 +50,25 @@ class Sender:
             layout=memory.layout,
             num_blocks=memory.num_blocks,
             block_bytes=memory.block_bytes,
-            pid=export.pid,
-            fd=export.fd,
-            inode=export.inode,
+            memory=export.memory,
+            handle=export.handle,
         )
         self._memory = memory
         self._blocks = blocks
+        self._stream = stream
         self._clock = clock
 
-    def handle(self, mail: Mail) -> bool:
-        """Answer a message that is about the pool. False: it is not, somebody else must."""
+    def handle(self, mail: Mail, actor: Actor) -> bool:
+        """Answer a message that is about the pool, as `actor`. False: it is not, somebody else must."""
         match mail.message:
             case DescribePool():
                 mail.reply.send(PoolDescribed(self.pool))
             case FetchBlocks() as fetch:
-                mail.reply.send(BlocksFetched(len(fetch.block_ids)), self._leased(fetch))
+                self._check(fetch)
+                if self._memory.is_host:
+                    mail.reply.send(BlocksFetched(len(fetch.block_ids)), self._memory.read(fetch.block_ids))
+                else:
+                    actor.spawn(self._stage(fetch, mail.reply), name="read blocks")
             case RenewLease(lease_id=lease_id, lease_s=lease_s):
                 self._blocks.renew(lease_id, self._clock() + lease_s)
             case ReleaseLease(lease_id=lease_id):
@@ -69,9 +77,20 @@ class Sender:
                 return False
         return True
 
-    def _leased(self, fetch: FetchBlocks) -> Sequence[memoryview]:
+    async def _stage(self, fetch: FetchBlocks, reply: Reply) -> None:
+        """Blocks by way of host memory. What was read is sent only if the lease has held meanwhile."""
+        try:
+            buffers = await on_stream(self._stream, self._memory.read, fetch.block_ids)
+            self._check(fetch)
+        except EpdError as error:
+            reply.fail(error)
+        except GpuError as error:
+            reply.fail(InternalError(f"blocks could not be read from the device: {error}"))
+        else:
+            reply.send(BlocksFetched(len(fetch.block_ids)), buffers)
+
+    def _check(self, fetch: FetchBlocks) -> None:
         if fetch.kind != self.pool.kind or fetch.generation != self.pool.generation:
             raise StaleHandle(f"the {fetch.kind} pool of generation {fetch.generation:#x} is gone")
         if not self._blocks.owns(fetch.lease_id, fetch.block_ids):
             raise StaleHandle(f"lease {fetch.lease_id} does not hold these blocks, or has ended")
-        return [self._memory.block(block_id) for block_id in fetch.block_ids]

@@ -20,7 +20,7 @@ import uvloop
 from epd.decode.actor import DecodeActor
 from epd.prefill.actor import PrefillActor
 from epd.transfer.receiver import Receiver
-from gpu.copy import Bytes
+from gpu.pool import Destination
 from protocol.messages import EmbeddingRef, Endpoint, KVRef
 from tests.e2e.mix import Case, Said, ask, ask_at_once, chat, counting, session
 from tests.support.cluster import (
@@ -254,7 +254,7 @@ class Spoiler:
         """`spoil` gets the handle and returns the one to pull with."""
         pull = receiver.pull
 
-        async def spoilt_pull(ref: Any, source: Endpoint, dst: Bytes, dst_ids: Sequence[int]) -> None:
+        async def spoilt_pull(ref: Any, source: Endpoint, dst: Destination, dst_ids: Sequence[int]) -> None:
             if isinstance(ref, self.kind) and self.num_spoilt < self.times:
                 self.num_spoilt += 1
                 ref = spoil(ref)
@@ -273,7 +273,7 @@ async def test_a_block_that_changes_after_its_checksum_is_refused(wanted: dict[s
         assert isinstance(decode, DecodeActor)
 
         def spoil(ref: KVRef) -> KVRef:
-            block = np.asarray(prefill._memory.block(ref.block_ids[len(ref.block_ids) // 2]))
+            block = np.asarray(prefill._memory.read(ref.block_ids[len(ref.block_ids) // 2 :])[0])
             block[len(block) // 3] ^= 0x40
             return ref
 

@@ -13,7 +13,7 @@ import pytest
 from epd.errors import BadImage, DeadlineExceeded, EpdError, Unavailable
 from epd.microkernel.system import System
 from epd.step import FloatArray
-from gpu.backend import open_backend
+from gpu.cpu import CpuBackend
 from protocol.messages import Abort, Address, Encode, Encoded, ReleaseLease, RequestId
 from tests.support import stages
 from tests.support.clock import FakeClock
@@ -45,7 +45,7 @@ class _Bench:
 
 @asynccontextmanager
 async def _bench(*, num_blocks: int = 16) -> AsyncIterator[_Bench]:
-    backend = open_backend()
+    backend = CpuBackend()
     clock = FakeClock()
     try:
         async with running("client", "encode") as (client, server):

@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 import gpu
 from gpu.pool import PoolExport
 
 ROOT = Path(str(gpu.__file__)).parent.parent
 
 _EXPORTER = """
-import dataclasses, json, sys
+import json, msgspec, sys
 from gpu.backend import open_backend
 from gpu.pool import PoolSpec
 num_blocks, block_bytes, layout = map(int, sys.argv[1:])
@@ -26,7 +28,7 @@ pool = backend.allocate_pool(PoolSpec(num_blocks, block_bytes, "kv", layout))
 for i in range(num_blocks):
     pool.blocks[i] = i + 1
 checksums = pool.checksum(range(num_blocks))
-print(json.dumps({"export": dataclasses.asdict(pool.export()), "checksums": checksums}), flush=True)
+print(json.dumps({"export": msgspec.to_builtins(pool.export()), "checksums": checksums}), flush=True)
 sys.stdin.readline()
 backend.close()
 print("closed", flush=True)
@@ -40,7 +42,7 @@ class Exporter:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         told = json.loads(self._read())
-        self.export = PoolExport(**told["export"])
+        self.export = msgspec.convert(told["export"], PoolExport)
         self.checksums: list[int] = told["checksums"]
 
     def close_pool(self) -> None:

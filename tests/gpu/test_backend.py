@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from gpu.backend import open_backend
+from gpu.cpu import CpuBackend
 from gpu.errors import PoolClosed, StreamClosed, UnknownDevice
 from gpu.pool import PoolSpec
 from tests.gpu.processes import run_python
@@ -21,7 +22,7 @@ def test_the_cpu_says_what_it_is() -> None:
 
 
 def test_close_closes_all_that_was_opened() -> None:
-    backend = open_backend("cpu")
+    backend = CpuBackend()
     stream = backend.open_stream("one")
     pool = backend.allocate_pool(PoolSpec(2, 100, "kv", 1))
     backend.close()

@@ -21,8 +21,9 @@ from epd.model.preprocess import image_grid, num_image_tokens
 from epd.model.runner import TextModelRunner, VisionModelRunner
 from epd.model.weights import Weights, load_text_weights, load_vision_weights
 from epd.step import EmbeddingSpan, ImageInput, SampleRequest, SequenceStep, StepPlan
-from gpu.backend import Backend, open_backend
-from gpu.pool import Pool, PoolSpec
+from gpu.cpu import CpuBackend
+from gpu.host_pool import HostPool
+from gpu.pool import PoolSpec
 from protocol.messages import MMItem, RequestId, Sampling, Token
 
 GREEDY = Sampling(temperature=0.0)
@@ -171,13 +172,11 @@ class Model:
         if not prompt.items:
             return ()
         assert self.vision_weights is not None
-        runner = VisionModelRunner(self.config, self.vision_weights, open_backend("cpu"))
         images = tuple(
             ImageInput(item.mm_hash, data, (item.grid_t, item.grid_h, item.grid_w), item.num_tokens)
             for item, data in zip(prompt.items, prompt.files, strict=True)
         )
-        rows = runner.encode(images).rows
-        return tuple(row for row in rows if isinstance(row, np.ndarray))
+        return tuple(rows for rows in encode(self, images) if isinstance(rows, np.ndarray))
 
     def reference_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         inputs = {"input_ids": torch.from_numpy(prompt.token_ids.astype(np.int64))[None]}
@@ -226,16 +225,43 @@ def reference_pixels(config: ModelConfig, files: Sequence[bytes]) -> npt.NDArray
     return np.asarray(processor(images=images, return_tensors="np")["pixel_values"])
 
 
+def encode(model: Model, images: Sequence[ImageInput]) -> list[npt.NDArray[np.float32] | Exception]:
+    """Rows of each image, read back from the blocks of a pool that held other numbers before, or what is wrong with the image."""
+    assert model.vision_weights is not None
+    block_rows, width = 8, model.config.embedding_width
+    num_blocks = [-(-image.num_tokens // block_rows) for image in images]
+    backend = CpuBackend()
+    spec = PoolSpec(sum(num_blocks), block_rows * width * 4, "embedding", model.config.embedding_layout())
+    pool = backend.allocate_pool(spec)
+    pool.blocks[:] = 7
+    runner = VisionModelRunner(model.config, model.vision_weights, backend, pool, block_rows)
+    free = iter(np.random.default_rng(3).permutation(sum(num_blocks)).tolist())
+    ids = [[next(free) for _ in range(count)] for count in num_blocks]
+    outcomes = runner.encode_patches([runner.preprocess(image) for image in images], [image.grid for image in images], ids)
+    rows: list[npt.NDArray[np.float32] | Exception] = []
+    for image, outcome, image_ids in zip(images, outcomes, ids, strict=True):
+        if isinstance(outcome, Exception):
+            rows.append(outcome)
+            continue
+        assert outcome == pool.checksum(image_ids)
+        written = pool.array(np.float32, (block_rows, width))[image_ids].reshape(-1, width)
+        assert not written[image.num_tokens :].any()
+        rows.append(written[: image.num_tokens].astype(np.float32))
+    runner.close()
+    backend.close()
+    return rows
+
+
 class Engine:
     """A TextModelRunner over a pool whose blocks are handed out once, in an order that is not sorted."""
 
     def __init__(self, model: Model, *, block_size: int = 16, num_blocks: int = 256) -> None:
         self.model = model
         self.block_size = block_size
-        self.backend: Backend = open_backend("cpu")
+        self.backend = CpuBackend()
         shape = model.config.kv_block_shape(block_size)
         spec = PoolSpec(num_blocks, int(np.prod(shape)) * 4, "kv", model.config.kv_layout(block_size))
-        self.pool: Pool = self.backend.allocate_pool(spec)
+        self.pool: HostPool = self.backend.allocate_pool(spec)
         self.runner = TextModelRunner(model.config, model.text_weights, self.backend, self.pool, block_size)
         self._free: Iterator[int] = iter(np.random.default_rng(7).permutation(num_blocks).tolist())
 

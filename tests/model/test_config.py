@@ -150,7 +150,9 @@ def test_layouts_tell_geometries_apart(tmp_path: Path) -> None:
     config = load_model_config(tmp_path)
     _write(tmp_path / "other", {**HUB_TEXT, "num_key_value_heads": 4})
     other = load_model_config(tmp_path / "other")
-    layouts = [config.kv_layout(16), config.kv_layout(32), other.kv_layout(16), config.embedding_layout]
+    device = "bfloat16 sum64"
+    layouts = [config.kv_layout(16), config.kv_layout(32), other.kv_layout(16), config.embedding_layout()]
+    layouts += [config.kv_layout(16, device), config.embedding_layout(device)]
     assert len(set(layouts)) == len(layouts)
     assert all(0 <= layout < 1 << 63 for layout in layouts)
     assert config.kv_layout(16) == load_model_config(tmp_path).kv_layout(16)

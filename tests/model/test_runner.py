@@ -16,7 +16,7 @@ from epd.step import ImageInput, StepPlan
 from gpu.backend import open_backend
 from gpu.pool import PoolSpec
 from protocol.messages import Sampling, Token
-from tests.model.reference import CASE_NAMES, VL_NAMES, Engine, Model, Running, png
+from tests.model.reference import CASE_NAMES, VL_NAMES, Engine, Model, Running, encode, png
 
 ModelOf = Callable[[str], Model]
 OpenEngine = Callable[..., Engine]
@@ -107,15 +107,12 @@ def test_a_pool_of_other_blocks_is_refused(model_of: ModelOf) -> None:
 @pytest.mark.parametrize("name", VL_NAMES)
 def test_a_broken_image_fails_alone(name: str, model_of: ModelOf) -> None:
     model = model_of(name)
-    assert model.vision_weights is not None
-    runner = VisionModelRunner(model.config, model.vision_weights, open_backend("cpu"))
     good = [_image(model, png(np.random.default_rng(i), 40 + 20 * i, 33)) for i in range(2)]
     cut = ImageInput("cut", good[1].data[:150], good[1].grid, good[1].num_tokens)
-    output = runner.encode((good[0], cut, good[1]))
-    assert isinstance(output.rows[1], BadImage)
-    assert output.elapsed_s >= output.preprocess_s > 0
-    for image, rows in ((good[0], output.rows[0]), (good[1], output.rows[2])):
-        alone = runner.encode((image,)).rows[0]
+    first, broken, second = encode(model, (good[0], cut, good[1]))
+    assert isinstance(broken, BadImage)
+    for image, rows in ((good[0], first), (good[1], second)):
+        (alone,) = encode(model, (image,))
         assert isinstance(rows, np.ndarray)
         assert isinstance(alone, np.ndarray)
         assert rows.shape == (image.num_tokens, model.config.embedding_width)
@@ -123,17 +120,17 @@ def test_a_broken_image_fails_alone(name: str, model_of: ModelOf) -> None:
 
 
 def test_encoding_nothing_but_broken_images_is_no_error(model_of: ModelOf) -> None:
-    model = model_of(VL_NAMES[0])
-    assert model.vision_weights is not None
-    runner = VisionModelRunner(model.config, model.vision_weights, open_backend("cpu"))
-    output = runner.encode((ImageInput("x", b"not an image", (1, 2, 2), 1),))
-    assert [type(rows) for rows in output.rows] == [BadImage]
+    outcomes = encode(model_of(VL_NAMES[0]), (ImageInput("x", b"not an image", (1, 2, 2), 1),))
+    assert [type(outcome) for outcome in outcomes] == [BadImage]
 
 
 def test_a_text_model_has_no_vision_runner(model_of: ModelOf) -> None:
     text = model_of("qwen3-mha-bias")
+    backend = open_backend("cpu")
+    pool = backend.allocate_pool(PoolSpec(1, 64, "embedding", 1))
     with pytest.raises(BadConfig, match="no vision tower"):
-        VisionModelRunner(load_model_config(text.folder), text.text_weights, open_backend("cpu"))
+        VisionModelRunner(load_model_config(text.folder), text.text_weights, backend, pool, 1)
+    backend.close()
 
 
 def _image(model: Model, data: bytes) -> ImageInput:

@@ -29,7 +29,8 @@ from epd.prefill.scheduler import PrefillConfig, PrefillScheduler
 from epd.step import FloatArray, ImageInput, SequenceStep, StepOutput, StepPlan
 from epd.transfer.receiver import Receiver
 from epd.transfer.sender import Sender
-from gpu.backend import Backend
+from gpu.cpu import CpuBackend
+from gpu.host_pool import HostPool
 from gpu.pool import Pool, PoolSpec
 from protocol.messages import MMItem, Sampling, Token
 
@@ -40,6 +41,7 @@ BLOCK_BYTES = BLOCK_SIZE * 2 * 8
 KV_LAYOUT = 7
 WIDTH = 6
 ROWS = 2  # of an embedding block
+EMBEDDING_BLOCK_BYTES = ROWS * WIDTH * 4
 EMBEDDING_LAYOUT = 8
 MAX_LEN = 64
 
@@ -74,7 +76,7 @@ def with_images(prompt: Sequence[int], items: Sequence[MMItem], images: Sequence
 class CheckedRunner:
     """A TextRunner over a pool of (token, position) pairs. With a `gate`, every step waits until it is opened."""
 
-    def __init__(self, memory: Pool, block_size: int = BLOCK_SIZE) -> None:
+    def __init__(self, memory: HostPool, block_size: int = BLOCK_SIZE) -> None:
         self.num_steps = 0
         self.gate = threading.Event()
         self.gate.set()
@@ -114,7 +116,9 @@ class CheckedRunner:
 class CheckedVision:
     """A VisionRunner. A picture whose bytes begin with b"broken" fails alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: HostPool) -> None:
+        self._memory = memory
+        self._rows = memory.array(np.float32, (ROWS, WIDTH))
         self.num_encoded = 0
         self.gate = threading.Event()
         self.gate.set()
@@ -126,14 +130,25 @@ class CheckedVision:
         return embedding_of(data, image.num_tokens)
 
     def encode_patches(
-        self, patches: Sequence[FloatArray | Exception], grids: Sequence[tuple[int, int, int]]
-    ) -> tuple[FloatArray | Exception, ...]:
+        self,
+        patches: Sequence[FloatArray | Exception],
+        grids: Sequence[tuple[int, int, int]],
+        block_ids: Sequence[Sequence[int]],
+    ) -> tuple[list[int] | Exception, ...]:
         assert self.gate.wait(20), "nobody opened the gate"
         self.num_encoded += sum(not isinstance(each, Exception) for each in patches)
-        return tuple(patches)
+        return tuple(
+            each if isinstance(each, Exception) else self._store(each, ids) for each, ids in zip(patches, block_ids, strict=True)
+        )
+
+    def _store(self, rows: FloatArray, block_ids: Sequence[int]) -> list[int]:
+        blocks = np.zeros((len(block_ids) * ROWS, WIDTH), np.float32)
+        blocks[: len(rows)] = rows
+        self._rows[list(block_ids)] = blocks.reshape(-1, ROWS, WIDTH)
+        return self._memory.checksum(block_ids)
 
     def close(self) -> None:
-        pass
+        del self._rows
 
 
 @dataclass
@@ -142,7 +157,7 @@ class PrefillStage:
     runner: CheckedRunner
     scheduler: PrefillScheduler
     blocks: BlockPool
-    memory: Pool
+    memory: HostPool
 
     def check(self, *others: DecodeStage) -> None:
         self.actor.check_integrity()
@@ -156,7 +171,7 @@ class DecodeStage:
     runner: CheckedRunner
     scheduler: DecodeScheduler
     blocks: BlockPool
-    memory: Pool
+    memory: HostPool
 
 
 @dataclass
@@ -164,25 +179,25 @@ class EncodeStage:
     actor: EncodeActor
     runner: CheckedVision
     cache: EncoderCache
-    memory: Pool
+    memory: HostPool
 
 
 @dataclass
 class Shared:
     """The pool that prefill and decode of one process share."""
 
-    memory: Pool
+    memory: HostPool
     blocks: BlockPool
     decode: list[DecodeScheduler] = field(default_factory=list)
 
 
-def shared_pool(backend: Backend, *, num_blocks: int = 32) -> Shared:
+def shared_pool(backend: CpuBackend, *, num_blocks: int = 32) -> Shared:
     return Shared(_kv_memory(backend, num_blocks), BlockPool(num_blocks))
 
 
 async def add_prefill(
     system: System,
-    backend: Backend,
+    backend: CpuBackend,
     *,
     num_blocks: int = 32,
     chunk: int = 8,
@@ -203,9 +218,16 @@ async def add_prefill(
         scheduler=scheduler,
         blocks=blocks,
         memory=memory,
-        sender=Sender(system.endpoint.worker, "kv", memory, blocks, clock),
+        sender=Sender(system.endpoint.worker, "kv", memory, blocks, backend.open_stream("reads"), clock),
         receiver=receiver,
-        fetcher=EmbeddingFetcher(system, receiver, block_rows=ROWS, width=WIDTH, layout=EMBEDDING_LAYOUT),
+        fetcher=EmbeddingFetcher(
+            system,
+            receiver,
+            allocate=lambda num_blocks: backend.allocate_scratch(num_blocks, EMBEDDING_BLOCK_BYTES),
+            block_rows=ROWS,
+            width=WIDTH,
+            layout=EMBEDDING_LAYOUT,
+        ),
         runner=runner,
         stream=backend.open_stream("prefill"),
         checksum_stream=backend.open_stream("sums"),
@@ -220,7 +242,7 @@ async def add_prefill(
 
 async def add_decode(
     system: System,
-    backend: Backend,
+    backend: CpuBackend,
     *,
     num_blocks: int = 32,
     max_running: int = 16,
@@ -253,26 +275,24 @@ async def add_decode(
 
 async def add_encode(
     system: System,
-    backend: Backend,
+    backend: CpuBackend,
     *,
     num_blocks: int = 16,
     max_patches: int = 64,
     lease_s: float = 20.0,
     clock: Clock = monotonic,
 ) -> EncodeStage:
-    memory = backend.allocate_pool(PoolSpec(num_blocks, ROWS * WIDTH * 4, "embedding", EMBEDDING_LAYOUT))
+    memory = backend.allocate_pool(PoolSpec(num_blocks, EMBEDDING_BLOCK_BYTES, "embedding", EMBEDDING_LAYOUT))
     cache = EncoderCache(BlockPool(num_blocks), block_rows=ROWS)
-    runner = CheckedVision()
+    runner = CheckedVision(memory)
     actor = EncodeActor(
         batcher=EncodeBatcher(max_patches=max_patches, max_images=8),
         cache=cache,
         memory=memory,
-        sender=Sender(system.endpoint.worker, "embedding", memory, cache, clock),
+        sender=Sender(system.endpoint.worker, "embedding", memory, cache, backend.open_stream("reads"), clock),
         runner=runner,
         stream=backend.open_stream("encode"),
         preprocess_stream=backend.open_stream("preprocess"),
-        block_rows=ROWS,
-        width=WIDTH,
         lease_s=lease_s,
         clock=clock,
     )
@@ -293,5 +313,5 @@ def tokens_as_bytes(tokens: Sequence[int]) -> bytes:
     return np.asarray(tokens, dtype="<i4").tobytes()
 
 
-def _kv_memory(backend: Backend, num_blocks: int) -> Pool:
+def _kv_memory(backend: CpuBackend, num_blocks: int) -> HostPool:
     return backend.allocate_pool(PoolSpec(num_blocks, BLOCK_BYTES, "kv", KV_LAYOUT))

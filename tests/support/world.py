@@ -20,7 +20,7 @@ from epd.gateway.router import TokenRouter
 from epd.microkernel.system import System
 from epd.request import GenerateRequest, PromptImage
 from epd.stage import StageActor
-from gpu.backend import Backend, open_backend
+from gpu.cpu import CpuBackend
 from protocol.messages import Address, Join, ReportLoad, RequestId, Sampling
 from tests.support import stages
 from tests.support.stages import BLOCK_SIZE, DecodeStage, EncodeStage, PrefillStage
@@ -114,7 +114,7 @@ async def world(
     clock: Clock = monotonic,
 ) -> AsyncIterator[World]:
     """`layout`: worker -> its roles, comma-separated; "gateway" may have some. Prefill and decode of one worker share a pool."""
-    backend = open_backend()
+    backend = CpuBackend()
     names = ["gateway", *(name for name in layout if name != "gateway")]
     try:
         async with running(*names, introduced=False) as systems:
@@ -145,7 +145,7 @@ class _Sizes:
     lease_s: float
 
 
-async def _add_worker(made: World, backend: Backend, name: str, roles: list[str], sizes: _Sizes) -> None:
+async def _add_worker(made: World, backend: CpuBackend, name: str, roles: list[str], sizes: _Sizes) -> None:
     system = made.systems[name]
     shared = stages.shared_pool(backend, num_blocks=sizes.prefill_blocks) if {"prefill", "decode"} <= set(roles) else None
     local = []

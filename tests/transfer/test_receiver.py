@@ -17,9 +17,10 @@ from epd.microkernel.actor import Actor, Mail
 from epd.microkernel.system import System
 from epd.transfer.receiver import Receiver
 from epd.transfer.sender import Sender
-from gpu.backend import open_backend
+from gpu.cpu import CpuBackend
 from gpu.errors import CannotMap
-from gpu.pool import Pool, PoolSpec
+from gpu.host_pool import HostPool
+from gpu.pool import PoolSpec
 from protocol.messages import KVRef, RequestId
 from tests.support.clock import FakeClock
 from tests.support.systems import running
@@ -33,15 +34,15 @@ class _Owner(Actor):
         self.sender = sender
 
     async def receive(self, mail: Mail) -> None:
-        assert self.sender.handle(mail)
+        assert self.sender.handle(mail, self)
 
 
 @dataclass
 class _Pair:
     systems: list[System]
-    source: Pool
+    source: HostPool
     blocks: BlockPool
-    target: Pool
+    target: HostPool
     receiver: Receiver
     clock: FakeClock
 
@@ -63,12 +64,12 @@ class _Pair:
         return msgspec.structs.replace(made, **changes)
 
     async def pull(self, ref: KVRef, ids: list[int]) -> None:
-        await self.receiver.pull(ref, self.systems[0].endpoint, self.target.blocks, ids)
+        await self.receiver.pull(ref, self.systems[0].endpoint, self.target, ids)
 
 
 @asynccontextmanager
 async def _pair(allowed: str) -> AsyncIterator[_Pair]:
-    backend = open_backend()
+    backend = CpuBackend()
     clock = FakeClock()
     try:
         async with running("owner", "puller") as systems:
@@ -76,8 +77,8 @@ async def _pair(allowed: str) -> AsyncIterator[_Pair]:
             target = backend.allocate_pool(PoolSpec(NUM_BLOCKS, BLOCK_BYTES, "kv", 5))
             source.blocks[:] = np.random.default_rng(0).integers(0, 256, source.blocks.shape, dtype=np.uint8)
             blocks = BlockPool(NUM_BLOCKS)
-            await systems[0].register("prefill", _Owner(Sender(systems[0].worker, "kv", source, blocks, clock)))
             stream = backend.open_stream("in")
+            await systems[0].register("prefill", _Owner(Sender(systems[0].worker, "kv", source, blocks, stream, clock)))
             receiver = Receiver(systems[1], backend, stream, allowed=allowed, local_pools=[target], clock=monotonic)
             yield _Pair(systems, source, blocks, target, receiver, clock)
             receiver.close()
@@ -146,18 +147,19 @@ async def test_an_owner_that_has_gone_is_reported(allowed: str) -> None:
         await pair.systems[0].stop()
         pair.source.close()
         with pytest.raises((PeerLost, StaleHandle)):
-            await pair.receiver.pull(ref, endpoint, pair.target.blocks, [0, 1])
+            await pair.receiver.pull(ref, endpoint, pair.target, [0, 1])
 
 
 async def test_a_new_generation_is_mapped_anew() -> None:
     async with _pair("mapped") as pair:
         await pair.pull(pair.ref(1), [0])
         await pair.systems[0].unregister("prefill")
-        backend = open_backend()
+        backend = CpuBackend()
+        stream = backend.open_stream("reads")
         fresh = backend.allocate_pool(PoolSpec(NUM_BLOCKS, BLOCK_BYTES, "kv", 5))
         fresh.blocks[:] = 77
         blocks = BlockPool(NUM_BLOCKS)
-        await pair.systems[0].register("prefill", _Owner(Sender(pair.systems[0].worker, "kv", fresh, blocks, pair.clock)))
+        await pair.systems[0].register("prefill", _Owner(Sender(pair.systems[0].worker, "kv", fresh, blocks, stream, pair.clock)))
         stale = pair.ref(1)
         pair.source, pair.blocks = fresh, blocks
         await pair.pull(pair.ref(1), [5])

@@ -19,11 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from gpu.backend import Backend, open_backend
+from gpu.cpu import CpuBackend
+from gpu.host_pool import HostPool, MappedHostPool, copy_blocks
 from gpu.kernels import warm_up
-from gpu.pool import MappedPool, Pool, PoolExport, PoolSpec, copy_blocks
+from gpu.pool import PoolExport, PoolSpec
 from tools.bench.rows import Row, make_row, render
 
 _ROUNDS = 11
@@ -48,7 +50,7 @@ GEOMETRIES = (
 def run() -> list[Row]:
     """Measure; takes about 20 s."""
     warm_up()
-    backend = open_backend("cpu")
+    backend = CpuBackend()
     try:
         rows = [row for geometry in GEOMETRIES for row in _throughput(backend, geometry)]
         rows += _fixed_costs(backend)
@@ -89,9 +91,9 @@ def exporting(geometry: Geometry, *flags: str) -> Iterator[dict[str, Any]]:
             process.communicate("\n", timeout=60)
 
 
-def _throughput(backend: Backend, geometry: Geometry) -> list[Row]:
+def _throughput(backend: CpuBackend, geometry: Geometry) -> list[Row]:
     with exporting(geometry) as other:
-        src = backend.map_pool(PoolExport(**other["export"]))
+        src = backend.map_pool(msgspec.convert(other["export"], PoolExport))
         dst = _own_pool(backend, geometry)
         rng = np.random.default_rng(0)
         src_ids, dst_ids = rng.permutation(geometry.num_blocks), rng.permutation(geometry.num_blocks)
@@ -116,11 +118,11 @@ def _throughput(backend: Backend, geometry: Geometry) -> list[Row]:
     ]
 
 
-def _fixed_costs(backend: Backend) -> list[Row]:
+def _fixed_costs(backend: CpuBackend) -> list[Row]:
     """A hand-off of one small block through a stream, less the copying; and what the first from a worker costs on top."""
     geometry = dataclasses.replace(GEOMETRIES[1], num_blocks=64)
     with exporting(geometry) as other:
-        export = PoolExport(**other["export"])
+        export = msgspec.convert(other["export"], PoolExport)
         src, dst = backend.map_pool(export), _own_pool(backend, geometry)
         stream = backend.open_stream("handoff")
         seconds = gather_figures(
@@ -142,11 +144,11 @@ def _fixed_costs(backend: Backend) -> list[Row]:
     ]
 
 
-def plain_memcpy(src: MappedPool, dst: Pool) -> None:
+def plain_memcpy(src: MappedHostPool, dst: HostPool) -> None:
     ctypes.memmove(dst.blocks.ctypes.data, src.blocks.ctypes.data, src.num_blocks * src.block_bytes)
 
 
-def _own_pool(backend: Backend, geometry: Geometry) -> Pool:
+def _own_pool(backend: CpuBackend, geometry: Geometry) -> HostPool:
     pool = backend.allocate_pool(PoolSpec(geometry.num_blocks, geometry.block_bytes, "kv", _LAYOUT))
     pool.blocks[:] = 0
     return pool
@@ -174,10 +176,10 @@ def _beside_nixl(ours: list[Row]) -> list[Row]:
 
 def _export(num_blocks: int, block_bytes: int) -> None:
     """The other process: a pool of random bytes, until a line comes."""
-    backend = open_backend("cpu")
+    backend = CpuBackend()
     pool = backend.allocate_pool(PoolSpec(num_blocks, block_bytes, "kv", _LAYOUT))
     pool.blocks[:] = np.random.default_rng(0).integers(0, 256, pool.blocks.shape, dtype=np.uint8)
-    told: dict[str, Any] = {"export": dataclasses.asdict(pool.export()), "checksums": pool.checksum(range(num_blocks))}
+    told: dict[str, Any] = {"export": msgspec.to_builtins(pool.export()), "checksums": pool.checksum(range(num_blocks))}
     if "--nixl" in sys.argv:
         from tools.bench.nixl_peer import Agent
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import subprocess
 from typing import Any
 
+import msgspec
 import pytest
 
-from gpu.backend import open_backend
+from gpu.cpu import CpuBackend
 from gpu.pool import PoolExport
 from tools.bench import handoff
 from tools.bench.handoff import Geometry, exporting, gather_figures
@@ -23,9 +24,9 @@ def test_works_are_measured_in_turns_and_the_first_turn_does_not_count() -> None
 
 
 def test_the_other_process_shares_what_it_says() -> None:
-    backend = open_backend()
+    backend = CpuBackend()
     with exporting(SMALL) as other:
-        mapped = backend.map_pool(PoolExport(**other["export"]))
+        mapped = backend.map_pool(msgspec.convert(other["export"], PoolExport))
         own = handoff._own_pool(backend, SMALL)
         handoff.plain_memcpy(mapped, own)
         assert own.checksum(range(5)) == other["checksums"]
@@ -35,7 +36,7 @@ def test_the_other_process_shares_what_it_says() -> None:
 
 def test_each_throughput_stands_beside_a_memcpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handoff, "_ROUNDS", 1)
-    backend = open_backend()
+    backend = CpuBackend()
     plain, checked, sender = handoff._throughput(backend, SMALL)
     backend.close()
     assert (plain["bar"], checked["bar"], sender["bar"]) == (">=0.85", ">=0.6", "")

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,22 +14,23 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu.backend import Backend, open_backend
+from gpu.cpu import CpuBackend
 from gpu.errors import BrokenPool, CannotMap, ChecksumMismatch, LayoutMismatch, OutOfMemory, PoolClosed
-from gpu.pool import MappedPool, Pool, PoolExport, PoolSpec, copy_blocks
+from gpu.host_pool import HostPool, MappedHostPool, copy_blocks
+from gpu.pool import PoolExport, PoolSpec
 from tests.gpu.processes import exporter, holders
 
 LAYOUT = 0xFEDCBA9876543210
 
 
 @pytest.fixture
-def backend() -> Iterator[Backend]:
-    opened = open_backend("cpu")
+def backend() -> Iterator[CpuBackend]:
+    opened = CpuBackend()
     yield opened
     opened.close()
 
 
-def make_pool(backend: Backend, num_blocks: int = 6, block_bytes: int = 1000, layout: int = LAYOUT) -> Pool:
+def make_pool(backend: CpuBackend, num_blocks: int = 6, block_bytes: int = 1000, layout: int = LAYOUT) -> HostPool:
     pool = backend.allocate_pool(PoolSpec(num_blocks, block_bytes, "kv", layout))
     pool.blocks[:] = np.random.default_rng(1).integers(0, 256, pool.blocks.shape, dtype=np.uint8)
     return pool
@@ -40,18 +44,18 @@ class TestPool:
         with pytest.raises(ValueError, match="not"):
             PoolSpec(num_blocks, block_bytes, "kv", layout)
 
-    def test_more_than_there_is_is_refused(self, backend: Backend) -> None:
+    def test_more_than_there_is_is_refused(self, backend: CpuBackend) -> None:
         with pytest.raises(OutOfMemory) as caught:
             backend.allocate_pool(PoolSpec(1 << 20, 1 << 30, "kv", LAYOUT))
         assert caught.value.wanted_bytes > 1 << 50
         assert 0 < caught.value.available_bytes < 1 << 50
 
-    def test_generations_are_random_and_of_63_bits(self, backend: Backend) -> None:
+    def test_generations_are_random_and_of_63_bits(self, backend: CpuBackend) -> None:
         generations = {make_pool(backend).generation for _ in range(8)}
         assert len(generations) == 8
         assert all(0 <= generation < 1 << 63 for generation in generations)
 
-    def test_an_array_is_the_pool_itself(self, backend: Backend) -> None:
+    def test_an_array_is_the_pool_itself(self, backend: CpuBackend) -> None:
         pool = make_pool(backend, num_blocks=3, block_bytes=2 * 5 * 4)
         array = pool.array(np.float32, (2, 5))
         assert array.shape == (3, 2, 5)
@@ -60,24 +64,24 @@ class TestPool:
         pool.block(2)[:4] = np.float32(-2).tobytes()
         assert array[2, 0, 0] == -2
 
-    def test_an_array_that_does_not_fill_its_blocks_is_refused(self, backend: Backend) -> None:
+    def test_an_array_that_does_not_fill_its_blocks_is_refused(self, backend: CpuBackend) -> None:
         with pytest.raises(ValueError, match="take 36 bytes and this pool's have 1000"):
             make_pool(backend).array(np.float32, (3, 3))
 
     @pytest.mark.parametrize("block_id", [-1, 6])
-    def test_a_block_outside_of_the_pool_is_refused(self, backend: Backend, block_id: int) -> None:
+    def test_a_block_outside_of_the_pool_is_refused(self, backend: CpuBackend, block_id: int) -> None:
         pool = make_pool(backend)
         for use in (pool.block, lambda i: pool.checksum([i]), backend.map_pool(pool.export()).block):
             with pytest.raises(IndexError, match="not all inside a pool of 6 blocks"):
                 use(block_id)
 
     @pytest.mark.parametrize("block_bytes", [1, 240, 241, 1000, 4096])
-    def test_checksums_are_those_of_the_library(self, backend: Backend, block_bytes: int) -> None:
+    def test_checksums_are_those_of_the_library(self, backend: CpuBackend, block_bytes: int) -> None:
         pool = make_pool(backend, block_bytes=block_bytes)
         assert pool.checksum([4, 0, 4]) == [xxhash.xxh3_64_intdigest(pool.block(i)) for i in (4, 0, 4)]
         assert pool.checksum([]) == []
 
-    def test_a_closed_pool_refuses_everything(self, backend: Backend) -> None:
+    def test_a_closed_pool_refuses_everything(self, backend: CpuBackend) -> None:
         pool = make_pool(backend)
         pool.close()
         pool.close()
@@ -92,24 +96,24 @@ class TestPool:
             with pytest.raises(PoolClosed):
                 use()
 
-    def test_integrity_holds_for_any_content_of_the_blocks(self, backend: Backend) -> None:
+    def test_integrity_holds_for_any_content_of_the_blocks(self, backend: CpuBackend) -> None:
         pool = make_pool(backend, num_blocks=5, block_bytes=4096 + 7)
         pool.blocks[:] = 255
         pool.check_integrity()
 
-    def test_a_write_past_the_last_block_is_noticed(self, backend: Backend) -> None:
+    def test_a_write_past_the_last_block_is_noticed(self, backend: CpuBackend) -> None:
         pool = make_pool(backend)
         pool.memory.bytes[6 * 1000] = 1
         with pytest.raises(BrokenPool, match="past the last block"):
             pool.check_integrity()
 
-    def test_an_overwritten_label_is_noticed(self, backend: Backend) -> None:
+    def test_an_overwritten_label_is_noticed(self, backend: CpuBackend) -> None:
         pool = make_pool(backend)
         pool.memory.bytes[-mmap.PAGESIZE + 8] ^= 1
         with pytest.raises(BrokenPool, match="last page"):
             pool.check_integrity()
 
-    def test_a_descriptor_that_became_something_else_is_noticed(self, backend: Backend) -> None:
+    def test_a_descriptor_that_became_something_else_is_noticed(self, backend: CpuBackend) -> None:
         pool = make_pool(backend)
         other = os.memfd_create("other")
         os.dup2(other, pool.memory.fd)
@@ -118,8 +122,12 @@ class TestPool:
             pool.check_integrity()
 
 
+def _off(export: PoolExport, field: str) -> dict[str, Any]:
+    return {field: "cuda-ipc" if field == "memory" else getattr(export, field) + 1}
+
+
 class TestMappedPool:
-    def test_it_reads_what_the_owner_writes(self, backend: Backend) -> None:
+    def test_it_reads_what_the_owner_writes(self, backend: CpuBackend) -> None:
         pool = make_pool(backend)
         mapped = backend.map_pool(pool.export())
         pool.block(3)[:3] = b"abc"
@@ -128,25 +136,30 @@ class TestMappedPool:
         assert (mapped.num_blocks, mapped.block_bytes) == (6, 1000)
         assert (mapped.layout, mapped.generation) == (LAYOUT, pool.generation)
 
-    @pytest.mark.parametrize("field", ["generation", "layout", "inode", "fd", "pid", "num_blocks", "block_bytes"])
-    def test_a_handle_that_is_off_by_anything_is_refused(self, backend: Backend, field: str) -> None:
+    @pytest.mark.parametrize("field", ["generation", "layout", "memory", "inode", "fd", "pid", "num_blocks", "block_bytes"])
+    def test_a_handle_that_is_off_by_anything_is_refused(self, backend: CpuBackend, field: str) -> None:
         export = make_pool(backend, num_blocks=6, block_bytes=4096).export()
-        fields = {name: getattr(export, name) for name in PoolExport.__dataclass_fields__}
-        fields[field] += {"pid": 2**22, "fd": 1000}.get(field, 1)
-        wrong = PoolExport(**fields)
-        assert not backend.can_map(wrong)
+        handle = dict(zip(("pid", "fd", "inode"), struct.unpack("<qqQ", export.handle), strict=True))
+        if field in handle:
+            handle[field] += {"pid": 2**22, "fd": 1000}.get(field, 1)
+            wrong = replace(export, handle=struct.pack("<qqQ", *handle.values()))
+        else:
+            wrong = replace(export, **_off(export, field))
         with pytest.raises(CannotMap):
             backend.map_pool(wrong)
-        assert backend.can_map(export)
+        backend.map_pool(export).close()
 
-    def test_blocks_that_divide_the_same_memory_otherwise_are_refused(self, backend: Backend) -> None:
+    def test_a_handle_that_is_none_is_refused(self, backend: CpuBackend) -> None:
+        with pytest.raises(CannotMap, match="not host memory"):
+            backend.map_pool(replace(make_pool(backend).export(), handle=b"short"))
+
+    def test_blocks_that_divide_the_same_memory_otherwise_are_refused(self, backend: CpuBackend) -> None:
         export = make_pool(backend, num_blocks=6, block_bytes=4096).export()
-        wrong = PoolExport(export.pid, export.fd, export.inode, 12, 2048, export.generation, export.layout)
-        assert wrong.size == export.size
+        wrong = replace(export, num_blocks=12, block_bytes=2048)
         with pytest.raises(CannotMap, match="not the pool of generation"):
             backend.map_pool(wrong)
 
-    def test_it_ends_with_the_owner_s_close(self, backend: Backend) -> None:
+    def test_it_ends_with_the_owner_s_close(self, backend: CpuBackend) -> None:
         pool = make_pool(backend)
         mapped = backend.map_pool(pool.export())
         before = mapped.is_current
@@ -155,7 +168,7 @@ class TestMappedPool:
         with pytest.raises(PoolClosed):
             mapped.block(0)
 
-    def test_it_ends_with_its_own_close(self, backend: Backend) -> None:
+    def test_it_ends_with_its_own_close(self, backend: CpuBackend) -> None:
         mapped = backend.map_pool(make_pool(backend).export())
         block = mapped.block(1)
         mapped.close()
@@ -169,7 +182,7 @@ class TestCopyBlocks:
     @pytest.mark.parametrize("with_checksums", [False, True])
     @pytest.mark.parametrize("block_bytes", [1, 100, 241, 32 << 10, 1 << 20])
     def test_blocks_arrive_where_they_belong_and_nothing_else_changes(
-        self, backend: Backend, block_bytes: int, with_checksums: bool
+        self, backend: CpuBackend, block_bytes: int, with_checksums: bool
     ) -> None:
         src, dst = make_pool(backend, 5, block_bytes), make_pool(backend, 7, block_bytes)
         dst.blocks[:] = 0
@@ -184,7 +197,7 @@ class TestCopyBlocks:
     @settings(max_examples=40, deadline=None)
     @given(ids=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=6, unique_by=lambda pair: pair[1]))
     def test_any_ids(self, ids: list[tuple[int, int]]) -> None:
-        backend = open_backend()
+        backend = CpuBackend()
         src, dst = make_pool(backend), make_pool(backend)
         dst.blocks[:] = 0
         copy_blocks(src, [a for a, _ in ids], dst, [b for _, b in ids], src.checksum([a for a, _ in ids]))
@@ -195,7 +208,7 @@ class TestCopyBlocks:
 
     @pytest.mark.parametrize("block_bytes", [100, 1000, 1 << 20])
     @pytest.mark.parametrize("position", [0, 57, -1])
-    def test_one_altered_byte_is_noticed_and_named(self, backend: Backend, block_bytes: int, position: int) -> None:
+    def test_one_altered_byte_is_noticed_and_named(self, backend: CpuBackend, block_bytes: int, position: int) -> None:
         src, dst = make_pool(backend, 4, block_bytes), make_pool(backend, 4, block_bytes)
         checksums = src.checksum([0, 1, 2, 3])
         src.blocks[2, position] ^= 0x40
@@ -203,13 +216,13 @@ class TestCopyBlocks:
             copy_blocks(src, [0, 1, 2, 3], dst, [3, 2, 1, 0], checksums)
         assert caught.value.index == 2
 
-    def test_pools_of_different_meaning_are_refused(self, backend: Backend) -> None:
+    def test_pools_of_different_meaning_are_refused(self, backend: CpuBackend) -> None:
         with pytest.raises(LayoutMismatch):
             copy_blocks(make_pool(backend), [0], make_pool(backend, layout=1), [0])
         with pytest.raises(LayoutMismatch):
             copy_blocks(make_pool(backend), [0], make_pool(backend, block_bytes=999), [0])
 
-    def test_ids_that_do_not_fit_are_refused_before_anything_is_written(self, backend: Backend) -> None:
+    def test_ids_that_do_not_fit_are_refused_before_anything_is_written(self, backend: CpuBackend) -> None:
         src, dst = make_pool(backend), make_pool(backend)
         before = dst.blocks.copy()
         src.blocks[:] = 0
@@ -222,9 +235,9 @@ class TestCopyBlocks:
             copy_blocks(src, [0], dst, [0], [1, 2])
         np.testing.assert_array_equal(dst.blocks, before)
 
-    def test_a_closed_pool_is_refused(self, backend: Backend) -> None:
+    def test_a_closed_pool_is_refused(self, backend: CpuBackend) -> None:
         src, dst = make_pool(backend), make_pool(backend)
-        mapped = MappedPool(src.export())
+        mapped = MappedHostPool(src.export())
         src.close()
         with pytest.raises(PoolClosed):
             copy_blocks(mapped, [0], dst, [0])
@@ -232,7 +245,7 @@ class TestCopyBlocks:
         with pytest.raises(PoolClosed):
             copy_blocks(make_pool(backend), [0], dst, [0])
 
-    def test_several_threads_copy_at_once(self, backend: Backend) -> None:
+    def test_several_threads_copy_at_once(self, backend: CpuBackend) -> None:
         src, dst = make_pool(backend, 32, 64 << 10), make_pool(backend, 32, 64 << 10)
         dst.blocks[:] = 0
         checksums = src.checksum(range(32))
@@ -250,7 +263,7 @@ class TestCopyBlocks:
 
 
 class TestBetweenProcesses:
-    def test_blocks_come_over_and_are_proven(self, backend: Backend) -> None:
+    def test_blocks_come_over_and_are_proven(self, backend: CpuBackend) -> None:
         dst = make_pool(backend, 4, 50_000)
         with exporter(3, 50_000, LAYOUT) as other:
             mapped = backend.map_pool(other.export)
@@ -260,7 +273,7 @@ class TestBetweenProcesses:
             with pytest.raises(ChecksumMismatch):
                 copy_blocks(mapped, [1], dst, [0], [other.checksums[2]])
 
-    def test_its_close_is_noticed(self, backend: Backend) -> None:
+    def test_its_close_is_noticed(self, backend: CpuBackend) -> None:
         with exporter(3, 500, LAYOUT) as other:
             mapped = backend.map_pool(other.export)
             other.close_pool()
@@ -269,13 +282,13 @@ class TestBetweenProcesses:
             with pytest.raises(CannotMap):
                 backend.map_pool(other.export)
 
-    def test_after_kill_9_the_reader_still_reads_and_then_nothing_is_left(self, backend: Backend) -> None:
+    def test_after_kill_9_the_reader_still_reads_and_then_nothing_is_left(self, backend: CpuBackend) -> None:
         shared = set(os.listdir("/dev/shm"))
         with exporter(3, 5000, LAYOUT) as other:
-            inode = other.export.inode
-            assert holders(inode) == {other.export.pid}
+            pid, _, inode = struct.unpack("<qqQ", other.export.handle)
+            assert holders(inode) == {pid}
             mapped = backend.map_pool(other.export)
-            assert holders(inode) == {other.export.pid, os.getpid()}
+            assert holders(inode) == {pid, os.getpid()}
             other.kill()
             assert (np.frombuffer(mapped.block(2), np.uint8) == 3).all()
             assert mapped.is_current
