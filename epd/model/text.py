@@ -17,7 +17,8 @@ from epd.model.batch import Batch
 from epd.model.config import ModelConfig, TextConfig
 from epd.model.linear import Linear
 from epd.model.rope import RopeTable
-from epd.model.weights import Weights, text_prefix
+from epd.model.shapes import text_prefix
+from epd.model.weights import Weights
 from gpu.kernels.chunk_attention import chunk_attention
 from gpu.kernels.norm import add_rms_norm, rms_norm
 from gpu.kernels.paged_attention import paged_attention

@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 
 from epd.errors import BadCheckpoint
-from epd.model.config import ModelConfig, TextConfig, VisionConfig, read_json
+from epd.model.config import ModelConfig, read_json
+from epd.model.shapes import Shapes, text_shapes, vision_shapes
 
 LoadFormat = Literal["safetensors", "dummy"]
-Shapes = dict[str, tuple[int, ...]]
 Progress = Callable[[int, int], None]  # tensors loaded, tensors in all
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -82,84 +82,6 @@ def load_vision_weights(
     if config.vision is None:
         raise BadCheckpoint(f"{folder}: {config.architecture} has no vision tower to encode images with")
     return _load(config, folder, vision_shapes(config.vision), load_format, progress)
-
-
-def text_prefix(config: ModelConfig) -> str:
-    """What the names of the language model's tensors begin with."""
-    return "model.language_model." if config.vision else "model."
-
-
-def text_shapes(config: ModelConfig) -> Shapes:
-    """Names and shapes of the language model's tensors, as checkpoints store them ([out, in])."""
-    text, prefix = config.text, text_prefix(config)
-    shapes: Shapes = {
-        f"{prefix}embed_tokens.weight": (text.vocab_size, text.hidden_size),
-        f"{prefix}norm.weight": (text.hidden_size,),
-    }
-    if not text.tie_word_embeddings:
-        shapes["lm_head.weight"] = (text.vocab_size, text.hidden_size)
-    for layer in range(text.num_layers):
-        shapes.update({f"{prefix}layers.{layer}.{name}": shape for name, shape in _text_layer_shapes(text).items()})
-    return shapes
-
-
-def _text_layer_shapes(text: TextConfig) -> Shapes:
-    queries, keys = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    shapes: Shapes = {
-        "input_layernorm.weight": (text.hidden_size,),
-        "post_attention_layernorm.weight": (text.hidden_size,),
-        "self_attn.q_norm.weight": (text.head_dim,),
-        "self_attn.k_norm.weight": (text.head_dim,),
-        "self_attn.q_proj.weight": (queries, text.hidden_size),
-        "self_attn.k_proj.weight": (keys, text.hidden_size),
-        "self_attn.v_proj.weight": (keys, text.hidden_size),
-        "self_attn.o_proj.weight": (text.hidden_size, queries),
-        "mlp.gate_proj.weight": (text.intermediate_size, text.hidden_size),
-        "mlp.up_proj.weight": (text.intermediate_size, text.hidden_size),
-        "mlp.down_proj.weight": (text.hidden_size, text.intermediate_size),
-    }
-    if text.attention_bias:
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            shapes[f"self_attn.{name}.bias"] = shapes[f"self_attn.{name}.weight"][:1]
-    return shapes
-
-
-def vision_shapes(vision: VisionConfig) -> Shapes:
-    """Names and shapes of the vision tower's tensors."""
-    width, inner = vision.hidden_size, vision.intermediate_size
-    patch = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-    shapes: Shapes = {
-        "patch_embed.proj.weight": (width, *patch),
-        "patch_embed.proj.bias": (width,),
-        "pos_embed.weight": (vision.num_position_embeddings, width),
-        **_merger_shapes("merger.", vision, norm_width=width),
-    }
-    for i in range(len(vision.deepstack_layers)):
-        shapes.update(_merger_shapes(f"deepstack_merger_list.{i}.", vision, norm_width=width * vision.merge_size**2))
-    for i in range(vision.depth):
-        for name, (rows, columns) in {
-            "attn.qkv": (3 * width, width),
-            "attn.proj": (width, width),
-            "mlp.linear_fc1": (inner, width),
-            "mlp.linear_fc2": (width, inner),
-        }.items():
-            shapes[f"blocks.{i}.{name}.weight"] = (rows, columns)
-            shapes[f"blocks.{i}.{name}.bias"] = (rows,)
-        for name in ("norm1", "norm2"):
-            shapes[f"blocks.{i}.{name}.weight"] = shapes[f"blocks.{i}.{name}.bias"] = (width,)
-    return {f"model.visual.{name}": shape for name, shape in shapes.items()}
-
-
-def _merger_shapes(prefix: str, vision: VisionConfig, *, norm_width: int) -> Shapes:
-    merged = vision.hidden_size * vision.merge_size**2
-    return {
-        f"{prefix}norm.weight": (norm_width,),
-        f"{prefix}norm.bias": (norm_width,),
-        f"{prefix}linear_fc1.weight": (merged, merged),
-        f"{prefix}linear_fc1.bias": (merged,),
-        f"{prefix}linear_fc2.weight": (vision.out_hidden_size, merged),
-        f"{prefix}linear_fc2.bias": (vision.out_hidden_size,),
-    }
 
 
 def _load(config: ModelConfig, folder: str | Path, wanted: Shapes, load_format: LoadFormat, progress: Progress | None) -> Weights:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from epd.errors import BadCheckpoint
 from epd.model.config import load_model_config
-from epd.model.weights import Weights, load_text_weights, load_vision_weights, text_shapes, vision_shapes
+from epd.model.shapes import text_shapes, vision_shapes
+from epd.model.weights import Weights, load_text_weights, load_vision_weights
 from tests.model.reference import Model
 
 Tensors = dict[str, torch.Tensor]
