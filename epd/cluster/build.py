@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from epd.cache.block_pool import BlockPool
 from epd.cache.encoder_cache import EncoderCache
 from epd.clock import Clock
-from epd.cluster.sizes import EMBEDDING_BLOCK_ROWS, Sizes, decide
+from epd.cluster.sizes import EMBEDDING_BLOCK_ROWS, DeviceMemory, Sizes, decide
 from epd.config import ServeConfig
 from epd.decode.actor import DecodeActor
 from epd.decode.scheduler import DecodeConfig, DecodeScheduler
@@ -194,7 +194,8 @@ def load(config: ServeConfig, folder: Path, model: ModelConfig, report: Report) 
 
     backend = open_backend(config.device)
     try:
-        sizes = decide(model, config.engine, free_bytes=backend.memory_budget())
+        memory = DeviceMemory.of_host(backend.memory_budget())
+        sizes = decide(model, config.engine, memory=memory, roles=config.roles)
         parts = StageParts(config, model, sizes, backend)
         if "encode" in config.roles and model.vision is not None:
             report("loading the vision tower")
