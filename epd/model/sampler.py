@@ -44,10 +44,10 @@ def _mix(state: int) -> int:
 
 
 def _is_plain(sampling: Sampling) -> bool:
-    return sampling.temperature < GREEDY_BELOW and sampling.num_logprobs < 0 and not _changes_logits(sampling)
+    return sampling.temperature < GREEDY_BELOW and sampling.num_logprobs < 0 and not changes_logits(sampling)
 
 
-def _changes_logits(sampling: Sampling) -> bool:
+def changes_logits(sampling: Sampling) -> bool:
     return bool(
         sampling.repetition_penalty != 1.0 or sampling.frequency_penalty or sampling.presence_penalty or sampling.logit_bias
     )
@@ -55,8 +55,8 @@ def _changes_logits(sampling: Sampling) -> bool:
 
 def _sample_row(row: FloatArray, request: SampleRequest) -> Token:
     sampling = request.sampling
-    raw = row.copy() if sampling.num_logprobs >= 0 and _changes_logits(sampling) else row
-    if _changes_logits(sampling):
+    raw = row.copy() if sampling.num_logprobs >= 0 and changes_logits(sampling) else row
+    if changes_logits(sampling):
         _penalize(row, request)
     if sampling.temperature < GREEDY_BELOW:
         token_id = int(row.argmax())
