@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from epd.devices import Seat, check_device, seats
 from epd.errors import BadConfig
 
-ROLES = ("gateway", "encode", "prefill", "decode")
+WORKER_ROLES = ("encode", "prefill", "decode")
+ROLES = ("gateway", *WORKER_ROLES)
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-vl"
 DEFAULT_PORT = 8000
 DEFAULT_CLUSTER_PORT = 8001
@@ -77,6 +79,7 @@ class ServeConfig:
     model: str
     served_model_name: str
     device: str
+    memory_fraction: float
     load_format: Literal["safetensors", "dummy"]
     num_threads: int
     log_level: str
@@ -91,9 +94,7 @@ class ServeConfig:
 class ClusterConfig:
     """A whole cluster on this machine: how many processes of each role, and what each of them is given."""
 
-    num_encode: int
-    num_prefill: int
-    num_decode: int
+    seats: Mapping[str, tuple[Seat, ...]]  # of the workers, by role in the order encode, prefill, decode
     serve: ServeConfig
     passed_on: tuple[str, ...]  # arguments that every process is started with
 
@@ -108,13 +109,11 @@ def parse(argv: Sequence[str]) -> ServeConfig | ClusterConfig:
     serve = _serve_config(args)
     if args.command == "serve":
         return serve
-    for name in ("encode", "prefill", "decode"):
+    for name in WORKER_ROLES:
         if getattr(args, name) < 1:
             raise BadConfig(f"--{name} must be at least 1: every stage needs a worker")
     return ClusterConfig(
-        num_encode=args.encode,
-        num_prefill=args.prefill,
-        num_decode=args.decode,
+        seats=seats(args.device, {role: getattr(args, role) for role in WORKER_ROLES}, args.memory_fraction),
         serve=serve,
         passed_on=tuple(_passed_on(args)),
     )
@@ -168,7 +167,15 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", default=str(BUNDLED_MODEL), metavar="PATH_OR_HUB_ID", help="checkpoint folder or hub id")
     model.add_argument("--served-model-name", default="", help="name in the API; the folder's or the hub id's by default")
     model.add_argument("--load-format", choices=("safetensors", "dummy"), default="safetensors", help="dummy: random weights")
-    model.add_argument("--device", default="cpu", help="cpu")
+    model.add_argument(
+        "--device",
+        default="cpu",
+        metavar="DEVICE[,DEVICE...]",
+        help="cpu, cuda, cuda:N or emulated:PROFILE; a cluster takes one for all, for each stage or for each worker",
+    )
+    model.add_argument(
+        "--memory-fraction", type=float, default=0.9, help="share of a CUDA device's memory for this process, or this cluster"
+    )
     model.add_argument("--num-threads", type=int, default=1, help="compute threads of each stage worker")
     model.add_argument("--max-model-len", type=int, default=0, help="longest prompt plus output; 0: what model and pool allow")
 
@@ -221,7 +228,18 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
 
 
-_NOT_PASSED_ON = {"command", "encode", "prefill", "decode", "roles", "join", "worker", "cluster_port", "token_file", "model"}
+_NOT_PASSED_ON = {
+    "command",
+    *WORKER_ROLES,
+    "roles",
+    "join",
+    "worker",
+    "cluster_port",
+    "token_file",
+    "model",
+    "device",
+    "memory_fraction",
+}
 
 
 def _passed_on(args: argparse.Namespace) -> list[str]:
@@ -245,7 +263,8 @@ def _serve_config(args: argparse.Namespace) -> ServeConfig:
         roles=roles,
         model=args.model,
         served_model_name=args.served_model_name,
-        device=_device(args.device),
+        device=check_device(args.device) if args.command == "serve" else "cpu",
+        memory_fraction=args.memory_fraction,
         load_format=args.load_format,
         num_threads=args.num_threads,
         log_level=args.log_level,
@@ -288,12 +307,6 @@ def _roles(text: str) -> tuple[str, ...]:
     if not named:
         raise BadConfig("--roles: name at least one stage")
     return tuple(role for role in ROLES if role in named)
-
-
-def _device(text: str) -> str:
-    if text != "cpu":
-        raise BadConfig(f"--device {text}: this version runs on the cpu only")
-    return text
 
 
 def _link_config(args: argparse.Namespace, roles: tuple[str, ...]) -> LinkConfig:
@@ -384,6 +397,8 @@ def _check_ranges(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value < least:
             raise BadConfig(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if not 0.0 < args.memory_fraction <= 1.0:
+        raise BadConfig(f"--memory-fraction {args.memory_fraction}: a share is above 0 and at most 1")
     for name, lowest in (("port", 0), ("cluster_port", -1)):
         if not lowest <= getattr(args, name) < 65536:
             raise BadConfig(f"--{name.replace('_', '-')} {getattr(args, name)}: not a port")

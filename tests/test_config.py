@@ -51,7 +51,9 @@ def test_roles_are_put_in_the_order_of_the_walk() -> None:
         (["--join", "nowhere"], "HOST:PORT"),
         (["--join", "host:0"], "HOST:PORT"),
         (["--join", "host:99999"], "HOST:PORT"),
-        (["--device", "cuda"], "cpu only"),
+        (["--device", "tpu"], "choose cpu, cuda"),
+        (["--device", "cuda:0,cuda:1"], "choose cpu, cuda"),
+        (["--memory-fraction", "0"], "a share is"),
         (["--block-size", "0"], "--block-size"),
         (["--token-budget", "1"], "--token-budget"),
         (["--port", "70000"], "not a port"),
@@ -98,7 +100,7 @@ def test_a_cluster_passes_its_options_on() -> None:
         ["cluster", "--decode", "3", "--block-size", "32", "--allow-image-host", "a.org", "--allow-image-host", "b.org"]
     )
     assert isinstance(config, ClusterConfig)
-    assert (config.num_encode, config.num_prefill, config.num_decode) == (2, 1, 3)
+    assert {role: len(seats) for role, seats in config.seats.items()} == {"encode": 2, "prefill": 1, "decode": 3}
     passed = parse(["serve", "--roles", "decode", *config.passed_on])
     assert isinstance(passed, ServeConfig)
     assert passed.engine == config.serve.engine

@@ -75,7 +75,6 @@ class Launcher:
 
     def _describe(self) -> Sequence[_Member]:
         config = self._config
-        counts = (("encode", config.num_encode), ("prefill", config.num_prefill), ("decode", config.num_decode))
         members = [
             _Member(
                 "gateway",
@@ -83,10 +82,11 @@ class Launcher:
                 ("--worker", "gateway", "--cluster-port", str(self._cluster_port)),
             )
         ]
-        for role, count in counts:
-            for number in range(count):
+        for role, seats in config.seats.items():
+            for number, seat in enumerate(seats):
                 name = f"{role}-{number}"
-                members.append(_Member(name, role, ("--worker", name, "--join", f"127.0.0.1:{self._cluster_port}")))
+                place = ("--device", seat.device, "--memory-fraction", str(seat.memory_fraction))
+                members.append(_Member(name, role, ("--worker", name, "--join", f"127.0.0.1:{self._cluster_port}", *place)))
         return members
 
     async def _keep(self, member: _Member) -> None:
@@ -115,19 +115,21 @@ class Launcher:
 
     async def _start(self, member: _Member) -> asyncio.subprocess.Process:
         member.num_starts += 1
-        command = (
-            *(sys.executable, "-m", "epd", "serve", "--supervised", "--roles", member.role, "--model", self._config.serve.model),
-            *member.arguments,
-            *self._config.passed_on,
-            *self._same_port(member),
-        )
         return await asyncio.create_subprocess_exec(
-            *command,
+            *(sys.executable, "-m", "epd", "serve", *self._words(member)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=self._environment,
             start_new_session=True,  # Ctrl-C is for this process, which stops the others in order
         )
+
+    def commands(self) -> dict[str, list[str]]:
+        """What each process is started with, by its name: the arguments of `epd serve`."""
+        return {member.name: self._words(member) for member in self._members}
+
+    def _words(self, member: _Member) -> list[str]:
+        own = ("--supervised", "--roles", member.role, "--model", self._config.serve.model)
+        return [*own, *member.arguments, *self._config.passed_on, *self._same_port(member)]
 
     def _same_port(self, member: _Member) -> tuple[str, ...]:
         """A gateway that starts again is where it was, also if the port was any free one the first time."""

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from epd.cluster.launcher import Launcher
+from epd.config import ClusterConfig, ServeConfig, parse
+
+
+def test_every_worker_is_started_on_its_seat() -> None:
+    config = parse(["cluster", "--encode", "1", "--decode", "2", "--device", "cuda:0,cuda:1,cuda:1"])
+    assert isinstance(config, ClusterConfig)
+    commands = {name: parse(["serve", *words]) for name, words in Launcher(config).commands().items()}
+    assert all(isinstance(command, ServeConfig) for command in commands.values())
+    assert {name: (command.device, command.memory_fraction) for name, command in commands.items() if name != "gateway"} == {  # type: ignore[union-attr]
+        "encode-0": ("cuda:0", 0.9),
+        "prefill-0": ("cuda:1", 0.2455),
+        "decode-0": ("cuda:1", 0.3273),
+        "decode-1": ("cuda:1", 0.3273),
+    }
+    assert isinstance(commands["gateway"], ServeConfig)
+    assert commands["gateway"].device == "cpu"  # a gateway needs none

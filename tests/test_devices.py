@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from epd.devices import Seat, check_device, seats
+from epd.errors import BadConfig
+
+COUNTS = {"encode": 2, "prefill": 1, "decode": 1}
+
+
+@pytest.mark.parametrize("text", ["cpu", "cuda:3", "emulated:h200.json"])
+def test_a_device_keeps_its_name(text: str) -> None:
+    assert check_device(text) == text
+
+
+def test_cuda_alone_is_the_first_one() -> None:
+    assert check_device("cuda") == "cuda:0"
+
+
+@pytest.mark.parametrize("text", ["", "gpu", "cuda:", "cuda:x", "emulated:", "cpu,cpu", "cpu:1"])
+def test_what_is_no_device_is_refused(text: str) -> None:
+    with pytest.raises(BadConfig, match="choose cpu, cuda"):
+        check_device(text)
+
+
+@pytest.mark.parametrize(
+    ("devices", "placed"),
+    [
+        ("cpu", ["cpu", "cpu", "cpu", "cpu"]),
+        ("cuda", ["cuda:0"] * 4),
+        ("cuda:0, cuda:1, cuda:2", ["cuda:0", "cuda:0", "cuda:1", "cuda:2"]),
+        ("cuda:0,cuda:1,cuda:2,cuda:3", ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]),
+    ],
+)
+def test_one_device_for_all_for_each_stage_or_for_each_worker(devices: str, placed: list[str]) -> None:
+    assert [seat.device for role in COUNTS for seat in seats(devices, COUNTS, 0.9)[role]] == placed
+
+
+@pytest.mark.parametrize("devices", ["cuda:0,cuda:1", "cuda:0,cuda:1,cuda:2,cuda:3,cuda:4", "cuda:0,,cuda:1"])
+def test_another_number_of_devices_is_refused(devices: str) -> None:
+    with pytest.raises(BadConfig):
+        seats(devices, COUNTS, 0.9)
+
+
+def test_processes_on_one_card_share_it() -> None:
+    found = seats("cuda", {"encode": 1, "prefill": 1, "decode": 1}, 0.8)
+    assert found == {
+        "encode": (Seat("cuda:0", 0.1),),
+        "prefill": (Seat("cuda:0", 0.3),),
+        "decode": (Seat("cuda:0", 0.4),),
+    }
+
+
+def test_a_host_is_not_shared_out() -> None:
+    assert seats("cpu", COUNTS, 0.9)["decode"] == (Seat("cpu", 0.9),)
+
+
+@given(st.lists(st.integers(1, 4), min_size=3, max_size=3), st.floats(0.1, 1.0), st.data())
+def test_no_card_is_given_away_twice(counts: list[int], fraction: float, data: st.DataObject) -> None:
+    named = data.draw(st.lists(st.sampled_from(["cuda:0", "cuda:1"]), min_size=sum(counts), max_size=sum(counts)))
+    found = seats(",".join(named), dict(zip(COUNTS, counts, strict=True)), fraction)
+    for device in set(named):
+        taken = sum(seat.memory_fraction for role in found.values() for seat in role if seat.device == device)
+        assert taken <= fraction + 1e-3 * len(named)
