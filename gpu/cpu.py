@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gpu import copy
 from gpu.host_pool import HostPool, HostScratch, MappedHostPool
 from gpu.memory import available_bytes
 from gpu.pool import PoolExport, PoolSpec
@@ -27,12 +28,12 @@ class CpuBackend:
 
     def allocate_pool(self, spec: PoolSpec) -> HostPool:
         """Raises OutOfMemory."""
-        pool = HostPool(spec)
+        pool = HostPool(spec, copy)
         self._pools.append(pool)
         return pool
 
     def allocate_scratch(self, num_blocks: int, block_bytes: int) -> HostScratch:
-        return HostScratch(num_blocks, block_bytes)
+        return HostScratch(num_blocks, block_bytes, copy)
 
     def map_pool(self, export: PoolExport) -> MappedHostPool:
         """Raises CannotMap."""

@@ -12,14 +12,16 @@ import os
 import secrets
 import struct
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from gpu.copy import checksum_blocks, copy_checked, copy_plain
 from gpu.errors import BrokenPool, CannotMap, ChecksumMismatch, LayoutMismatch, OutOfMemory, PoolClosed
 from gpu.memory import Bytes, SharedMemory, available_bytes, map_shared
 from gpu.pool import Blocks, PoolExport, PoolSpec, check_copy
+
+Ids = npt.NDArray[np.int64]
 
 MEMORY = "memfd"
 _HANDLE = struct.Struct("<qqQ")  # process, descriptor, inode
@@ -28,16 +30,27 @@ _MAGIC = b"epd pool"
 _NO_LABEL = bytes(_LABEL.size)
 
 
+class Mover(Protocol):
+    """Copies and hashes rows of bytes: `gpu.copy`, which is compiled, or `gpu.plain_copy`, which need not be."""
+
+    def copy_plain(self, src: Bytes, src_ids: Ids, dst: Bytes, dst_ids: Ids) -> None: ...
+
+    def copy_checked(self, src: Bytes, src_ids: Ids, dst: Bytes, dst_ids: Ids, checksums: npt.NDArray[np.uint64]) -> int: ...
+
+    def checksum_blocks(self, src: Bytes, src_ids: Ids) -> list[int]: ...
+
+
 class HostPool:
     """Blocks that this process owns and writes."""
 
     is_host = True
 
-    def __init__(self, spec: PoolSpec) -> None:
+    def __init__(self, spec: PoolSpec, mover: Mover) -> None:
         """Raises OutOfMemory where the memory is not there to be had."""
         size = _memory_size(spec.num_blocks, spec.block_bytes)
         if size > (left := available_bytes()):
             raise OutOfMemory(size, left)
+        self.mover = mover
         self.kind = spec.kind
         self.layout = spec.layout
         self.num_blocks = spec.num_blocks
@@ -70,7 +83,7 @@ class HostPool:
 
     def checksum(self, block_ids: Sequence[int]) -> list[int]:
         """XXH3-64 of each whole block."""
-        return checksum_blocks(self.blocks, check_ids(block_ids, self.num_blocks))
+        return self.mover.checksum_blocks(self.blocks, check_ids(block_ids, self.num_blocks))
 
     def read(self, block_ids: Sequence[int]) -> list[memoryview]:
         """The blocks themselves."""
@@ -78,10 +91,10 @@ class HostPool:
 
     def copy_from(self, src: Blocks, src_ids: Sequence[int], dst_ids: Sequence[int], checksums: Sequence[int]) -> int:
         check_copy(src, self, src_ids, dst_ids, checksums)
-        return _copy_from(src, src_ids, self.blocks, dst_ids, checksums)
+        return _copy_from(self.mover, src, src_ids, self.blocks, dst_ids, checksums)
 
     def landing(self, block_ids: Sequence[int]) -> HostLanding:
-        return HostLanding(self.blocks, block_ids)
+        return HostLanding(self.blocks, block_ids, self.mover)
 
     def export(self) -> PoolExport:
         if self.memory.fd < 0:
@@ -168,17 +181,18 @@ class MappedHostPool:
 class HostScratch:
     """Blocks in memory of this process."""
 
-    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+    def __init__(self, num_blocks: int, block_bytes: int, mover: Mover) -> None:
+        self._mover = mover
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
         self.blocks: Bytes = np.empty((num_blocks, block_bytes), np.uint8)
 
     def copy_from(self, src: Blocks, src_ids: Sequence[int], dst_ids: Sequence[int], checksums: Sequence[int]) -> int:
         check_copy(src, self, src_ids, dst_ids, checksums)
-        return _copy_from(src, src_ids, self.blocks, dst_ids, checksums)
+        return _copy_from(self._mover, src, src_ids, self.blocks, dst_ids, checksums)
 
     def landing(self, block_ids: Sequence[int]) -> HostLanding:
-        return HostLanding(self.blocks, block_ids)
+        return HostLanding(self.blocks, block_ids, self._mover)
 
     def rows(self, width: int) -> npt.NDArray[np.float32]:
         return self.blocks.view(np.float32).reshape(-1, width)
@@ -187,13 +201,14 @@ class HostScratch:
 class HostLanding:
     """The blocks themselves: what a socket receives is where it belongs."""
 
-    def __init__(self, blocks: Bytes, block_ids: Sequence[int]) -> None:
+    def __init__(self, blocks: Bytes, block_ids: Sequence[int], mover: Mover) -> None:
+        self._mover = mover
         self._blocks = blocks
         self._ids = check_ids(block_ids, len(blocks))
         self.buffers = [memoryview(blocks[block_id]) for block_id in self._ids]
 
     def settle(self, checksums: Sequence[int]) -> int:
-        found = checksum_blocks(self._blocks, self._ids)
+        found = self._mover.checksum_blocks(self._blocks, self._ids)
         return next((place for place, (is_, should) in enumerate(zip(found, checksums, strict=True)) if is_ != should), -1)
 
 
@@ -216,18 +231,20 @@ def copy_blocks(
         raise ValueError("a copy needs as many destinations, and as many checksums, as sources")
     sources, destinations = np.asarray(src_ids, dtype=np.int64), np.asarray(dst_ids, dtype=np.int64)
     if checksums is None:
-        copy_plain(src.blocks, sources, dst.blocks, destinations)
+        dst.mover.copy_plain(src.blocks, sources, dst.blocks, destinations)
         return
-    bad = copy_checked(src.blocks, sources, dst.blocks, destinations, np.asarray(checksums, dtype=np.uint64))
+    bad = dst.mover.copy_checked(src.blocks, sources, dst.blocks, destinations, np.asarray(checksums, dtype=np.uint64))
     if bad >= 0:
         raise ChecksumMismatch(bad)
 
 
-def _copy_from(src: Blocks, src_ids: Sequence[int], dst: Bytes, dst_ids: Sequence[int], checksums: Sequence[int]) -> int:
+def _copy_from(
+    mover: Mover, src: Blocks, src_ids: Sequence[int], dst: Bytes, dst_ids: Sequence[int], checksums: Sequence[int]
+) -> int:
     if not isinstance(src, HostPool | MappedHostPool):
         raise LayoutMismatch(f"{type(src).__name__} is not host memory")
     sums = np.asarray(checksums, dtype=np.uint64)
-    return copy_checked(src.blocks, check_ids(src_ids, src.num_blocks), dst, np.asarray(dst_ids, dtype=np.int64), sums)
+    return mover.copy_checked(src.blocks, check_ids(src_ids, src.num_blocks), dst, np.asarray(dst_ids, dtype=np.int64), sums)
 
 
 def check_ids(block_ids: Sequence[int], num_blocks: int) -> npt.NDArray[np.int64]:
