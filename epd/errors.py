@@ -101,9 +101,10 @@ class Overloaded(EpdError):
     http_status = 429
     retryable = True
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, limit: str = "") -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.limit = limit  # the setting that was reached
 
 
 class Unavailable(EpdError):

@@ -23,6 +23,7 @@ from epd.errors import BadConfig, EpdError, InternalError
 from epd.gateway.admission import Admission
 from epd.gateway.attempt import Stages
 from epd.gateway.fleet import Fleet
+from epd.gateway.observer import Observer
 from epd.gateway.placement import Placement
 from epd.gateway.prompt import Prompter
 from epd.gateway.router import TokenRouter
@@ -167,6 +168,7 @@ class Node:
         def limits_changed() -> None:
             prompter.max_model_len = fleet.max_model_len(longest)
 
+        observer = Observer(GatewayMetrics(), clock=clock)
         fleet = Fleet(
             Placement(block_size=config.engine.block_size),
             model=config.model,
@@ -174,6 +176,7 @@ class Node:
             block_size=config.engine.block_size,
             needs_encode=model.vision is not None,
             clock=clock,
+            observer=observer,
             on_change=limits_changed,
         )
         router = TokenRouter()
@@ -184,10 +187,9 @@ class Node:
         gateway = Gateway(
             model_name=config.served_model_name or model_name(config.model),
             tokenizer=prompter.tokenizer,
-            stages=Stages(system, fleet, router, clock),
+            stages=Stages(system, fleet, router, clock, observer),
             admission=admission,
             max_model_len=longest,
-            metrics=GatewayMetrics(),
         )
         http = HttpServer(config.http, gateway, prompter, request_timeout_s=limits.request_timeout_s)
         await http.start()

@@ -114,6 +114,7 @@ class Admission:
             f"{self._num_running} requests of at most {self._max_requests} run, with {self._num_prompt_tokens} prompt tokens "
             f"of at most {self._max_prompt_tokens}: try again in {retry_after_s:.0f} s",
             retry_after_s=retry_after_s,
+            limit="max_requests" if self._num_running + num_choices > self._max_requests else "max_prompt_tokens",
         )
 
     def _retry_after_s(self, num_choices: int, num_prompt_tokens: int, now: float) -> float:

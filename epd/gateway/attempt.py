@@ -18,6 +18,7 @@ import numpy as np
 from epd.clock import Clock
 from epd.errors import DeadlineExceeded, EpdError, InternalError, PeerLost, StaleHandle
 from epd.gateway.fleet import Fleet, Placed
+from epd.gateway.observer import Observer
 from epd.gateway.router import TokenRouter
 from epd.log import Log
 from epd.microkernel.system import System
@@ -56,6 +57,7 @@ class Stages:
     fleet: Fleet
     router: TokenRouter
     clock: Clock
+    observer: Observer
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,5 +38,8 @@ class Engine(Protocol):
     def cluster(self) -> dict[str, object]:
         """Workers, their load and the links between them, as plain JSON values."""
 
+    def live(self, *, after_moment: int, after_revision: int) -> dict[str, object]:
+        """cluster() with the last minutes: moments, requests and events that came after those that the viewer has seen."""
+
     def metrics(self) -> bytes:
         """Prometheus text of the whole cluster."""

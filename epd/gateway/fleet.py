@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -19,12 +19,13 @@ import numpy as np
 from epd.cache.prefix import block_hashes
 from epd.clock import Clock
 from epd.errors import InternalError, Refused, Unavailable
+from epd.exposition import MemberLoad
+from epd.gateway.observer import Observer
 from epd.gateway.placement import Assignment, Placement, WorkerView
 from epd.log import Log
-from epd.metrics import MemberLoad
 from epd.microkernel.actor import Actor, Mail
 from epd.request import GenerateRequest
-from protocol.messages import Endpoint, Join, Joined, Leave, LinkLoad, MMItem, ReportLoad, StageLoad, WorkerId
+from protocol.messages import Endpoint, Join, Joined, Leave, MMItem, Part, ReportLoad, StageLoad, WorkerId
 
 STAGES = ("encode", "prefill", "decode")
 MAX_WAIT_FOR_WORKER_S = 30.0  # long enough for a worker that died to be started again
@@ -39,11 +40,9 @@ class Member:
 
     join: Join
     joined_at: float
-    stages: tuple[StageLoad, ...]
+    load: MemberLoad
     unwatch: Callable[[], object]
-    links: tuple[LinkLoad, ...] = ()
-    is_draining: bool = False
-    reported_at: float = field(default=0.0)
+    reported_at: float
 
     @property
     def endpoint(self) -> Endpoint:
@@ -84,6 +83,7 @@ class Fleet(Actor):
         block_size: int,
         needs_encode: bool,
         clock: Clock,
+        observer: Observer,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
@@ -93,6 +93,8 @@ class Fleet(Actor):
         self._block_size = block_size
         self._roles = STAGES if needs_encode else STAGES[1:]
         self._clock = clock
+        self._observer = observer
+        observer.missing_roles = self.missing_roles
         self._on_change = on_change
         self._members: dict[WorkerId, Member] = {}
         self._changed = asyncio.Event()
@@ -111,7 +113,7 @@ class Fleet(Actor):
             case ReportLoad() as report:
                 self._update(report)
             case Leave(worker=worker):
-                self._remove(worker, "it has left")
+                self._remove(worker, "it has left", is_lost=False)
             case other:
                 raise InternalError(f"the directory was sent {type(other).__name__}")
 
@@ -130,8 +132,9 @@ class Fleet(Actor):
         unwatch: Callable[[], object] = _nothing
         if worker != self.address.worker:
             self.system.introduce(join.endpoint)
-            unwatch = self.system.watch(worker, lambda lost: self._remove(lost, "its link is lost"))
-        self._members[worker] = Member(join, now, loads, unwatch, reported_at=now)
+            unwatch = self.system.watch(worker, lambda lost: self._remove(lost, "its link is lost", is_lost=True))
+        self._members[worker] = Member(join, now, MemberLoad(worker, loads), unwatch, reported_at=now)
+        self._observer.joined(worker, join.roles)
         _log.info("worker joined", worker=worker, roles=",".join(join.roles))
         self._members_changed()
 
@@ -139,21 +142,24 @@ class Fleet(Actor):
         member = self._members.get(report.worker)
         if member is None:
             return  # it has just been removed; it will join again
-        member.stages, member.links = report.stages, report.links
-        member.is_draining, member.reported_at = report.draining, self._clock()
+        member.load = MemberLoad(report.worker, report.stages, report.links, report.process, report.draining)
+        member.reported_at = self._clock()
         self._members_changed()
+        self._observer.reported(member.load)
 
-    def _remove(self, worker: WorkerId, reason: str) -> None:
+    def _remove(self, worker: WorkerId, reason: str, *, is_lost: bool) -> None:
         member = self._members.pop(worker, None)
         if member is not None:
             member.unwatch()
             _log.info("worker is gone", worker=worker, reason=reason)
             self._placement.forget(worker)
             self._members_changed()
+            self._observer.gone(worker, member.join.roles, is_lost=is_lost)
 
     def _members_changed(self) -> None:
         self._placement.update(
-            WorkerView(worker, member.stages, is_draining=member.is_draining) for worker, member in self._members.items()
+            WorkerView(worker, member.load.stages, is_draining=member.load.is_draining)
+            for worker, member in self._members.items()
         )
         self._changed.set()
         self._changed = asyncio.Event()
@@ -227,7 +233,7 @@ class Fleet(Actor):
         return tuple(role for role in self._roles if not self._placement.candidates(role))
 
     def members(self) -> list[MemberLoad]:
-        return [(worker, member.stages, member.links) for worker, member in self._members.items()]
+        return [member.load for member in self._members.values()]
 
     def describe(self) -> dict[str, object]:
         """Topology, load and links as plain JSON values."""
@@ -243,16 +249,21 @@ def _nothing() -> None:
 
 
 def _describe(member: Member, now: float) -> dict[str, object]:
-    join = member.join
+    join, load = member.join, member.load
     return {
         "worker": join.endpoint.worker,
         "roles": list(join.roles),
         "pid": join.pid,
         "device": join.device,
         "address": f"{join.endpoint.host}:{join.endpoint.port}",
-        "is_draining": member.is_draining,
+        "is_draining": member.load.is_draining,
         "joined_s_ago": round(now - member.joined_at, 3),
         "reported_s_ago": round(now - member.reported_at, 3),
-        "stages": [{name: getattr(stage, name) for name in stage.__struct_fields__} for stage in member.stages],
-        "links": [{name: getattr(link, name) for name in link.__struct_fields__} for link in member.links],
+        "stages": [_fields(stage) for stage in load.stages],
+        "links": [_fields(link) for link in load.links],
+        "process": None if load.process is None else _fields(load.process),
     }
+
+
+def _fields(part: Part) -> dict[str, object]:
+    return {name: getattr(part, name) for name in part.__struct_fields__ if name != "spreads"}  # those are for /metrics

@@ -60,6 +60,7 @@ class Journey:
         self._num_failed = 0
         self._salt = request.cache_salt
         self._avoid: set[WorkerId] = set()
+        self._ended_early_at: float | None = None  # when the last attempt did, until a token has come after it
 
     async def tokens(self) -> AsyncGenerator[OutputToken, None]:
         """The choice's tokens in order, each once; the last one carries its finish reason.
@@ -114,6 +115,7 @@ class Journey:
                 event = await attempt.next_event()
                 if isinstance(event, Preempted):
                     self._enter(State.PLACING)
+                    self._begin_again("preempted")
                     return
                 early[event.index] = event
                 while (output := early.pop(len(self._output), None)) is not None:
@@ -124,6 +126,9 @@ class Journey:
 
     def _advance(self, output: OutputToken) -> None:
         self._output.append(output.token.token_id)
+        if self._ended_early_at is not None:
+            self._stages.observer.recovered(self._stages.clock() - self._ended_early_at)
+            self._ended_early_at = None
         if output.token.finish_reason:
             self._enter(State.FINISHED)
         elif self.state is State.PREFILLING:
@@ -131,6 +136,7 @@ class Journey:
 
     async def _back_off_or_raise(self, error: EpdError, attempt: Attempt) -> None:
         self._num_failed += 1
+        self._stages.observer.attempt_failed(error, attempt.suspect)
         if isinstance(error, CorruptTransfer):
             # It may be the owner's own memory that is spoilt, and then its prefix cache is not to be trusted for this prompt.
             self._salt = f"{self._request.cache_salt}#{self.request_id}#{self._epoch}"
@@ -140,7 +146,12 @@ class Journey:
         if attempt.suspect is not None:
             self._avoid.add(attempt.suspect)
         self._enter(State.PLACING)
+        self._begin_again(error.code)
         await asyncio.sleep(min(self._time_left(), FIRST_BACKOFF_S * 2 ** (self._num_failed - 1)))
+
+    def _begin_again(self, reason: str) -> None:
+        self._stages.observer.begun_again(reason)
+        self._ended_early_at = self._stages.clock()
 
     def _time_left(self) -> float:
         left = self._deadline - self._stages.clock()

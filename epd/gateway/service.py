@@ -12,14 +12,15 @@ from contextlib import aclosing
 
 import msgspec
 
+from epd.errors import Overloaded
 from epd.gateway.admission import Admission
 from epd.gateway.attempt import Stages
 from epd.gateway.detokenize import Detokenizer
 from epd.gateway.journey import Journey
 from epd.gateway.tokenizer import Tokenizer
-from epd.metrics import GatewayMetrics
 from epd.microkernel.tasks import settled
 from epd.request import Delta, GenerateRequest
+from epd.timeline import Timeline
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that different choices never share a seed
 _SEED_MASK = 2**63 - 1
@@ -36,14 +37,13 @@ class Gateway:
         stages: Stages,
         admission: Admission,
         max_model_len: int,
-        metrics: GatewayMetrics,
     ) -> None:
         self._model_name = model_name
         self._tokenizer = tokenizer
         self._stages = stages
         self._admission = admission
         self._max_model_len = max_model_len
-        self._metrics = metrics
+        self._observer = stages.observer
 
     @property
     def model_name(self) -> str:
@@ -57,13 +57,19 @@ class Gateway:
         """See `Engine.generate`."""
         arrived = self._stages.clock()
         num_tokens = len(request.token_ids) * request.n
-        self._admission.admit(request.request_id, num_prompt_tokens=num_tokens, num_choices=request.n, now=arrived)
-        watch = self._metrics.watch(arrived, len(request.token_ids), len(request.images))
+        try:
+            self._admission.admit(request.request_id, num_prompt_tokens=num_tokens, num_choices=request.n, now=arrived)
+        except Overloaded as error:
+            self._observer.refused(error, arrived)
+            raise
+        timeline = request.timeline or Timeline(self._stages.clock)
+        request = dataclasses.replace(request, timeline=timeline)
+        watch = self._observer.admitted(request, timeline, arrived)
         try:
             choices = self._one(request, 0, arrived) if request.n == 1 else self._several(request, arrived)
             async with aclosing(choices) as deltas:
                 async for delta in deltas:
-                    watch.delta(self._stages.clock(), delta.num_tokens)
+                    watch.delta(self._stages.clock(), delta)
                     yield delta
             watch.finished(self._stages.clock(), "ok")
         except Exception as error:
@@ -81,7 +87,10 @@ class Gateway:
         return {"model": self._model_name, "num_running": self._admission.num_running, **self._stages.fleet.describe()}
 
     def metrics(self) -> bytes:
-        return self._metrics.render(self._stages.fleet.members())
+        return self._observer.metrics.render(self._stages.fleet.members())
+
+    def live(self, *, after_moment: int, after_revision: int) -> dict[str, object]:
+        return {**self.cluster(), **self._observer.describe(after_moment=after_moment, after_revision=after_revision)}
 
     # --- choices ----------------------------------------------------------------------------------------------------
 

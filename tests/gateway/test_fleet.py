@@ -9,7 +9,9 @@ import pytest
 
 from epd.errors import EpdError, Refused, Unavailable
 from epd.gateway.fleet import Fleet
+from epd.gateway.observer import Observer
 from epd.gateway.placement import Placement
+from epd.metrics import GatewayMetrics
 from epd.microkernel.system import System
 from epd.request import GenerateRequest
 from protocol.messages import Address, Join, Joined, Leave, LinkLoad, ReportLoad, RequestId, Sampling, StageLoad
@@ -25,7 +27,15 @@ REQUEST = GenerateRequest(RequestId("r"), tuple(range(40)), (), Sampling())
 async def _fleet(*, needs_encode: bool = True) -> AsyncIterator[tuple[Fleet, System, System]]:
     clock = FakeClock()
     async with running("gateway", "w") as (gateway, worker):
-        fleet = Fleet(Placement(block_size=4), model="m", layout=LAYOUT, block_size=4, needs_encode=needs_encode, clock=clock)
+        fleet = Fleet(
+            Placement(block_size=4),
+            model="m",
+            layout=LAYOUT,
+            block_size=4,
+            needs_encode=needs_encode,
+            clock=clock,
+            observer=Observer(GatewayMetrics(), clock=clock),
+        )
         await gateway.register("directory", fleet)
         yield fleet, gateway, worker
 
@@ -46,7 +56,7 @@ async def test_a_worker_joins_reports_and_leaves() -> None:
         load = StageLoad("prefill", num_blocks=10, num_free_blocks=4)
         link = LinkLoad(worker.worker, "mapped", 3, 100, 0.5)
         await worker.tell(DIRECTORY, ReportLoad(worker.worker, (load, StageLoad("decode")), (link,)))
-        await until(lambda: fleet.members()[0][1][0].num_blocks == 10)
+        await until(lambda: fleet.members()[0].stages[0].num_blocks == 10)
         described = json.loads(json.dumps(fleet.describe()))["workers"]
         assert [worker["roles"] for worker in described] == [["prefill", "decode"]]
         assert described[0]["links"][0]["rung"] == "mapped"

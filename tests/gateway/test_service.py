@@ -12,7 +12,6 @@ from epd.errors import Overloaded
 from epd.gateway.admission import Admission
 from epd.gateway.attempt import Stages
 from epd.gateway.service import Gateway, _with_seed_of
-from epd.metrics import GatewayMetrics
 from epd.request import Delta, GenerateRequest
 from protocol.messages import RequestId, Sampling
 from tests.support.stages import expected_tokens
@@ -42,10 +41,9 @@ async def _gateway(*, max_requests: int = 8) -> AsyncIterator[tuple[World, Gatew
             Gateway(
                 model_name="numbers",
                 tokenizer=_Numbers(),  # type: ignore[arg-type]
-                stages=Stages(made.gateway, made.fleet, made.router, made.clock),
+                stages=Stages(made.gateway, made.fleet, made.router, made.clock, made.observer),
                 admission=Admission(max_requests=max_requests, max_prompt_tokens=1000),
                 max_model_len=64,
-                metrics=GatewayMetrics(),
             ),
         )
 
@@ -126,10 +124,14 @@ async def test_what_is_counted() -> None:
             'epd_requests_total{outcome="cancelled"} 1.0',
             "epd_requests_running 0.0",
             f"epd_prompt_tokens_total {2.0 * len(PROMPT)}",
-            "epd_output_tokens_total 6.0",
-            "epd_ttft_seconds_count 2.0",
-            "epd_e2e_seconds_count 1.0",
-            'epd_stage_num_blocks{role="decode",worker="d0"} 32.0',
+            "epd_generation_tokens_total 6.0",
+            "epd_time_to_first_token_seconds_count 2.0",
+            "epd_inter_token_latency_seconds_count 4.0",
+            "epd_e2e_request_latency_seconds_count 1.0",
+            'epd_slo_requests_total{met="true",slo="both"} 1.0',
+            'epd_stage_blocks{role="decode",worker="d0"} 32.0',
+            'epd_workers{role="decode"} 1.0',
+            'epd_workers_joined_total{role="encode"} 1.0',
         ):
             assert line in text, line
 

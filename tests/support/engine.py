@@ -85,5 +85,8 @@ class ScriptedEngine:
     def cluster(self) -> dict[str, object]:
         return {"workers": [{"worker": "w1", "roles": ["encode"]}]}
 
+    def live(self, *, after_moment: int, after_revision: int) -> dict[str, object]:
+        return {**self.cluster(), "after": [after_moment, after_revision]}
+
     def metrics(self) -> bytes:
         return b"# TYPE epd_test gauge\nepd_test 1.0\n"

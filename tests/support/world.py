@@ -15,8 +15,10 @@ from epd.clock import Clock, monotonic
 from epd.gateway.attempt import Stages
 from epd.gateway.fleet import Fleet
 from epd.gateway.journey import Journey
+from epd.gateway.observer import Observer
 from epd.gateway.placement import Placement
 from epd.gateway.router import TokenRouter
+from epd.metrics import GatewayMetrics
 from epd.microkernel.system import System
 from epd.request import GenerateRequest, PromptImage
 from epd.stage import StageActor
@@ -37,6 +39,7 @@ class World:
     fleet: Fleet
     router: TokenRouter
     clock: Clock
+    observer: Observer
     encode: dict[str, EncodeStage] = field(default_factory=dict)
     prefill: dict[str, PrefillStage] = field(default_factory=dict)
     decode: dict[str, DecodeStage] = field(default_factory=dict)
@@ -64,7 +67,7 @@ class World:
         )
 
     def journey(self, request: GenerateRequest) -> Journey:
-        parts = Stages(self.gateway, self.fleet, self.router, self.clock)
+        parts = Stages(self.gateway, self.fleet, self.router, self.clock, self.observer)
         return Journey(request, 0, parts, deadline=self.clock() + request.deadline_s)
 
     async def run(self, request: GenerateRequest) -> list[int]:
@@ -119,13 +122,20 @@ async def world(
     try:
         async with running(*names, introduced=False) as systems:
             by_name = dict(zip(names, systems, strict=True))
+            observer = Observer(GatewayMetrics(), clock=clock)
             fleet = Fleet(
-                Placement(block_size=BLOCK_SIZE), model="m", layout=LAYOUT, block_size=BLOCK_SIZE, needs_encode=True, clock=clock
+                Placement(block_size=BLOCK_SIZE),
+                model="m",
+                layout=LAYOUT,
+                block_size=BLOCK_SIZE,
+                needs_encode=True,
+                clock=clock,
+                observer=observer,
             )
             router = TokenRouter()
             await by_name["gateway"].register("directory", fleet)
             await by_name["gateway"].register("tokens", router)
-            made = World(by_name["gateway"], by_name, fleet, router, clock)
+            made = World(by_name["gateway"], by_name, fleet, router, clock, observer)
             sizes = _Sizes(allowed, chunk, decode_blocks, prefill_blocks, encode_blocks, lease_s)
             for name, roles in layout.items():
                 await _add_worker(made, backend, name, roles.split(","), sizes)
