@@ -31,8 +31,8 @@ _NICEST = 19
 class CudaStream:
     """Owned by whoever opened it, who closes it.
 
-    `priority` is as a host stream's: 0 first, 19 last, spread over the few priorities that the device has (six on an H100). Kernels
-    of a stream that goes first are begun before waiting ones of the others; what runs is not stopped, and copies are not ordered.
+    `priority` is as a host stream's: 0 first, 19 last, spread over the few priorities that the device has (six, as a rule).
+    Waiting kernels of a stream that goes first begin before those of others; what runs is not stopped, and copies are not ordered.
     """
 
     def __init__(self, driver: Driver, name: str, *, priority: int = 0) -> None:
@@ -55,8 +55,8 @@ class CudaStream:
     def submit(self, fn: Callable[P, T | Deferred[T]], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run fn(*args, **kwargs) after all that was submitted before, with this as its thread's stream.
 
-        The future resolves when the device has done what the call gave it, also when the call raised. One that was cancelled before
-        its turn is passed over.
+        The future resolves when the device has done what the call gave it, also when the call raised. One that was cancelled
+        before its turn is passed over.
         """
         future: Future[T] = Future()
         with self._closing:  # nothing may be put behind the end mark
