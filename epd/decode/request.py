@@ -10,7 +10,7 @@ from enum import Enum, auto
 
 import numpy as np
 
-from epd.step import Int32Array
+from epd.step import PENDING, Int32Array
 from protocol.messages import MMItem, RequestId, Sampling, Token
 
 
@@ -45,11 +45,22 @@ class DecodeRequest:
     num_computed_tokens: int = 0  # tokens with KV in the pool; one less than num_tokens while running
     num_published_blocks: int = 0
     num_steps_in_flight: int = 0
-    buffer: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))  # [>= num_tokens]
+    buffer: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))  # [>= num_tokens, one more with a PENDING token]
 
     @property
     def num_output_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def next_position(self) -> int:
+        """Index of the token that the next step feeds: what the last step in flight draws, if there is one."""
+        return self.num_computed_tokens + self.num_steps_in_flight
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether drawing a token takes knowing all tokens before it, the last one included."""
+        sampling = self.sampling
+        return bool(sampling.repetition_penalty != 1.0 or sampling.frequency_penalty or sampling.presence_penalty)
 
     @property
     def prompt_token_ids(self) -> Int32Array:
@@ -59,13 +70,24 @@ class DecodeRequest:
     def output_token_ids(self) -> Int32Array:
         return self.buffer[self.num_prompt_tokens : self.num_tokens]
 
+    def output_until(self, position: int) -> Int32Array:
+        """Output tokens before and at a position of the sequence, which may be that of the PENDING token."""
+        return self.buffer[self.num_prompt_tokens : position + 1]
+
     def append(self, token_id: int) -> None:
+        self._put(token_id)
+        self.num_tokens += 1
+
+    def expect(self) -> None:
+        """The next token is being drawn: until it is appended, PENDING is in its place."""
+        self._put(PENDING)
+
+    def _put(self, token_id: int) -> None:
         if self.num_tokens == len(self.buffer):
             grown = np.empty(max(64, 2 * len(self.buffer)), np.int32)
             grown[: self.num_tokens] = self.buffer
             self.buffer = grown
         self.buffer[self.num_tokens] = token_id
-        self.num_tokens += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +101,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """One sequence of a step: feed `token_id` at `position` (an index into the sequence), draw the next."""
+    """One sequence of a step: feed `token_id` (or PENDING) at `position`, an index into the sequence, and draw the next."""
 
     request: DecodeRequest
     token_id: int

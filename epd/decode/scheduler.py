@@ -9,23 +9,41 @@ receiving requests (or prefills on a shared pool) become running ones, which the
 alone it fits, as the pool holds `max_model_len` tokens. So it finishes, and the next is the oldest. A reservation has room for
 one token more than the prompt and leaves one free block per earlier request, so that every visit makes progress.
 
+Steps in flight. A second plan may be made while one is out, so that a device has its next step before it is done with the last:
+ - A request in the plan that is out is taken to go on: its next step feeds PENDING. What is certain to end it is known (the
+   longest output, the longest context); what is not (a stop token, an abort) makes its next step's token surplus, which is
+   dropped. Blocks of who has left stay held until every step that writes to them has come back.
+ - Penalties need every token before the one that is drawn, so such a request sits out while its last one is PENDING, at half its
+   speed. Where more than MAX_SITTING_OUT of a batch would, all of it waits for the step that is out instead: then the time
+   between two steps is lost to all, which is less than what half of the steps are to the few.
+ - Nobody is preempted while a step is in flight. It may itself free what is wanted, and a victim's blocks would stay held: the
+   next plan is empty, and the one after it decides.
+ - A failed step alters nothing. Its requests go back to where they were, what was fed from it is dropped as it lands, and they
+   are tried again by halves (`blame`) until one fails that is alone.
+
 Owns: the requests and their block tables. Does not know: bytes, devices, messages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
+from epd.blame import Suspects
 from epd.cache.block_pool import BlockPool
 from epd.cache.prefix import block_hashes
+from epd.decode.integrity import Books, what_is_wrong
 from epd.decode.request import DecodeOutput, DecodePlan, DecodeRequest, DecodeState, DecodeStep, Reservation
 from epd.errors import BadConfig, BadRequest, InternalError, PromptTooLong, StaleHandle
 from epd.finish import finish_reason
+from epd.step import PENDING
 from protocol.messages import RequestId, Token
+
+MAX_SITTING_OUT = 1 / 8  # of a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +52,17 @@ class DecodeConfig:
     max_running: int  # requests in one step
     max_model_len: int
     eos_token_ids: frozenset[int] = frozenset()
+    max_steps_in_flight: int = 1  # 1: a step is planned when the last one is known; 2: one step ahead
 
 
 class DecodeScheduler:
-    """At most one plan is out at a time: the next step feeds what the last one drew."""
+    """Plans are committed, or retracted, in the order in which they were made."""
 
     def __init__(self, config: DecodeConfig, pool: BlockPool) -> None:
         if min(config.block_size, config.max_running) < 1:
             raise BadConfig("decode limits must be at least 1")
+        if config.max_steps_in_flight not in (1, 2):  # a third would have to feed what a step before the last one drew
+            raise BadConfig(f"decode has one or two steps in flight, not {config.max_steps_in_flight}")
         if pool.num_blocks * config.block_size < config.max_model_len:
             raise BadConfig(
                 f"a KV pool of {pool.num_blocks} blocks of {config.block_size} tokens cannot hold one request of "
@@ -54,7 +75,8 @@ class DecodeScheduler:
         self._waiting: dict[RequestId, DecodeRequest] = {}  # in order of arrival
         self._running: dict[RequestId, DecodeRequest] = {}
         self._leaving: list[DecodeRequest] = []
-        self._in_flight: DecodePlan | None = None
+        self._in_flight: deque[DecodePlan] = deque()  # oldest first
+        self._suspects: Suspects[DecodeRequest] = Suspects()
         self._num_added = 0
 
     @property
@@ -148,24 +170,32 @@ class DecodeScheduler:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
+    @property
+    def can_plan(self) -> bool:
+        """Whether there may be one more step in flight."""
+        return len(self._in_flight) < self._config.max_steps_in_flight
+
     def plan(self) -> DecodePlan:
         """The next step: the oldest running requests, each with a block for its next token.
 
-        Without steps when nothing can run; that may change whenever a request comes, leaves or gives blocks back. A plan with
-        steps must be committed or failed before the next one.
+        Without steps when nothing can run; that may change whenever a request comes, leaves or gives blocks back, and when a step
+        comes back. A plan with steps must be committed, retracted or failed.
         """
-        if self._in_flight is not None:
-            raise InternalError("the last decode step is not committed yet")
+        if not self.can_plan:
+            raise InternalError(f"{len(self._in_flight)} decode steps are not committed yet")
         preempted: list[DecodeRequest] = []
-        steps = []
-        for request in sorted(self._running.values(), key=lambda request: request.order)[: self._config.max_running]:
-            if request.state is DecodeState.RUNNING and self._make_room(request, preempted):
-                position = request.num_computed_tokens
-                steps.append(DecodeStep(request, int(request.buffer[position]), position))
-        for step in steps:
-            step.request.num_steps_in_flight += 1
-        plan = DecodePlan(tuple(steps), tuple(preempted))
-        self._in_flight = plan if steps else None
+        requests: Sequence[DecodeRequest]
+        if self._suspects:
+            requests = self._suspects.next(_is_running) if not self._in_flight else ()
+        else:
+            requests = self._with_room(self._candidates(), preempted)
+        steps = tuple(_step(request) for request in requests)
+        for request in requests:
+            request.expect()
+            request.num_steps_in_flight += 1
+        plan = DecodePlan(steps, tuple(preempted))
+        if steps:
+            self._in_flight.append(plan)
         return plan
 
     def commit(self, plan: DecodePlan, tokens: Sequence[Token | None]) -> tuple[DecodeOutput, ...]:
@@ -186,12 +216,23 @@ class DecodeScheduler:
                 self._leave(request)
         return tuple(outputs)
 
+    def retract(self, plan: DecodePlan) -> tuple[DecodeRequest, ...]:
+        """A step failed: its requests are tried again, fewer at a time. Returns who is to blame for sure, and is aborted."""
+        suspects = [request for request in self._land(plan) if request is not None]
+        if len(plan.steps) > 1:
+            self._suspects.add(suspects)
+            return ()
+        for request in suspects:
+            self._leave(request)
+        return tuple(suspects)
+
     def fail(self, plan: DecodePlan) -> tuple[DecodeRequest, ...]:
-        """A step did not run: its requests are aborted. Returns those that still existed."""
-        failed = [request for request in self._land(plan) if request is not None]
+        """A step did not run, and none will: its requests are aborted. Returns those that still existed."""
+        self._land(plan)
+        failed = tuple(step.request for step in plan.steps if _is_running(step.request))
         for request in failed:
             self._leave(request)
-        return tuple(failed)
+        return failed
 
     # --- proof ------------------------------------------------------------------------------------------------------
 
@@ -200,47 +241,52 @@ class DecodeScheduler:
         return [request.block_table for request in (*self._requests.values(), *self._leaving)]
 
     def is_idle(self) -> bool:
-        return not self._requests and not self._leaving
+        return not self._requests and not self._leaving and not self._in_flight
 
     def check_integrity(self) -> None:
         """Raises:
         InternalError: naming what is wrong.
         """
-        wrong = [*self._wrong_indexes(), *(text for request in self._requests.values() for text in self._wrong_numbers(request))]
+        books = Books(
+            tuple(self._requests.values()),
+            self._waiting.keys(),
+            self._running.keys(),
+            self._leaving,
+            self._in_flight,
+            self._config.block_size,
+            self._config.max_steps_in_flight,
+        )
+        wrong = what_is_wrong(books)
         if wrong:
             raise InternalError("decode scheduler: " + "; ".join(wrong))
 
-    def _wrong_indexes(self) -> Iterable[str]:
-        for state, index in ((DecodeState.WAITING, self._waiting), (DecodeState.RUNNING, self._running)):
-            if index.keys() != {key for key, request in self._requests.items() if request.state is state}:
-                yield f"the index of {state.name} requests is wrong"
-        if any(request.state is not DecodeState.LEAVING or not request.num_steps_in_flight for request in self._leaving):
-            yield "a request stays without a step in flight"
+    # --- who runs next ----------------------------------------------------------------------------------------------
 
-    def _wrong_numbers(self, request: DecodeRequest) -> Iterable[str]:
-        num_blocks = len(request.block_table)
-        match request.state:
-            case DecodeState.WAITING:
-                is_right = num_blocks == 0
-            case DecodeState.RECEIVING:
-                is_right = num_blocks == self._num_blocks_of(request.num_tokens + 1)
-            case _:
-                is_right = request.num_computed_tokens == request.num_tokens - 1 and num_blocks >= self._num_blocks_of(
-                    request.num_computed_tokens
-                )
-        if not is_right:
-            numbers = (request.num_computed_tokens, request.num_tokens, num_blocks)
-            yield f"{request.request_id}, {request.state.name}: computed tokens, tokens and blocks are {numbers}"
+    def _candidates(self) -> list[DecodeRequest]:
+        """The oldest running requests whose next step can be described now."""
+        going_on = [request for request in self._running.values() if not self._ends_in_flight(request)]
+        able = [request for request in going_on if not (request.num_steps_in_flight and request.needs_history)]
+        if len(going_on) - len(able) > len(going_on) * MAX_SITTING_OUT:
+            return []
+        return sorted(able, key=lambda request: request.order)[: self._config.max_running]
 
-    # --- blocks -----------------------------------------------------------------------------------------------------
+    def _ends_in_flight(self, request: DecodeRequest) -> bool:
+        """Whether a step in flight is certain to draw the request's last token."""
+        num_more = request.num_steps_in_flight
+        return (
+            request.num_output_tokens + num_more >= request.sampling.max_tokens
+            or request.num_tokens + num_more >= self._config.max_model_len
+        )
+
+    def _with_room(self, requests: Sequence[DecodeRequest], preempted: list[DecodeRequest]) -> Sequence[DecodeRequest]:
+        """Of `requests`, oldest first, those that have a block for their next token."""
+        if self._in_flight:
+            return requests if all(self._extend(request) for request in requests) else ()
+        return [request for request in requests if _is_running(request) and self._make_room(request, preempted)]
 
     def _make_room(self, request: DecodeRequest, preempted: list[DecodeRequest]) -> bool:
         """A block for the request's next token, at the cost of later arrivals if need be. False: it cannot run now."""
-        while request.num_computed_tokens >= len(request.block_table) * self._config.block_size:
-            fresh = self._pool.allocate(1)
-            if fresh is not None:
-                request.block_table += fresh
-                continue
+        while not self._extend(request):
             if len(self._running) == 1:
                 return False
             victim = max(self._running.values(), key=lambda running: running.order)
@@ -249,6 +295,17 @@ class DecodeScheduler:
             preempted.append(victim)
             if victim is request:
                 return False
+        return True
+
+    # --- blocks -----------------------------------------------------------------------------------------------------
+
+    def _extend(self, request: DecodeRequest) -> bool:
+        """See to a block for the request's next token; False when the pool has none."""
+        if request.next_position >= len(request.block_table) * self._config.block_size:
+            fresh = self._pool.allocate(1)
+            if fresh is None:
+                return False
+            request.block_table += fresh
         return True
 
     def _publish(self, request: DecodeRequest) -> None:
@@ -307,18 +364,23 @@ class DecodeScheduler:
         return msgspec.structs.replace(token, finish_reason=reason)
 
     def _land(self, plan: DecodePlan) -> list[DecodeRequest | None]:
-        """Count a step's end; per sequence its request, or None where it has left. Who left gives its blocks back now."""
-        if plan is not self._in_flight and plan.steps:
-            raise InternalError("this decode step is not in flight")
-        self._in_flight = None
+        """Count a step's end. Per sequence its request, or None where what was drawn is surplus: the request has left, or the
+        step that was to draw what was fed has failed.
+        """
+        if not plan.steps:
+            return []
+        if not self._in_flight or plan is not self._in_flight[0]:
+            raise InternalError("this decode step is not in flight, or not the oldest that is")
+        self._in_flight.popleft()
         landed: list[DecodeRequest | None] = []
         for step in plan.steps:
             request = step.request
             request.num_steps_in_flight -= 1
-            if request.state is DecodeState.LEAVING:
+            if request.state is DecodeState.LEAVING and not request.num_steps_in_flight:
                 self._leaving.remove(request)
                 self._free(request)
-            landed.append(request if request.state is DecodeState.RUNNING else None)
+            is_next = _is_running(request) and step.position == request.num_computed_tokens
+            landed.append(request if is_next else None)
         return landed
 
     def _leave(self, request: DecodeRequest) -> None:
@@ -343,3 +405,12 @@ class DecodeScheduler:
 
     def _num_blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)
+
+
+def _is_running(request: DecodeRequest) -> bool:
+    return request.state is DecodeState.RUNNING
+
+
+def _step(request: DecodeRequest) -> DecodeStep:
+    position = request.next_position
+    return DecodeStep(request, PENDING if request.num_steps_in_flight else int(request.buffer[position]), position)

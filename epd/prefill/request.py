@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from epd.errors import BadRequest, PromptTooLong
 from epd.step import Int32Array
 from protocol.messages import MMItem, RequestId, Sampling, Token
 
@@ -136,7 +137,18 @@ class PrefillProgress:
     token: Token | None
 
 
-def check_items(items: Sequence[MMItem], num_tokens: int) -> str:
+def check_request(request: PrefillRequest, max_model_len: int) -> None:
+    """Raises PromptTooLong or BadRequest for one that can never run."""
+    if not 0 < request.num_prompt_tokens <= request.num_tokens:
+        raise BadRequest(f"request {request.request_id}: {request.num_prompt_tokens} prompt tokens of {request.num_tokens}")
+    if request.num_tokens >= max_model_len:
+        raise PromptTooLong(f"{request.num_tokens} tokens leave no room for output; the model's context is {max_model_len}")
+    wrong = _wrong_items(request.items, request.num_tokens)
+    if wrong:
+        raise BadRequest(f"request {request.request_id}: {wrong}")
+
+
+def _wrong_items(items: Sequence[MMItem], num_tokens: int) -> str:
     """What is wrong with a prompt's placeholder ranges; empty when they are in order, do not overlap and lie in the prompt."""
     end = 0
     for item in items:

@@ -1,8 +1,12 @@
 """Which tokens of which prompts the next prefill step computes, and who holds which KV blocks meanwhile.
 
-Steps: `plan` decides one, the runner computes it, `commit` books it. Several may be planned before the first is committed, as
-long as they are committed in order. A prompt is cut into chunks under the step's token budget and runs up to the first image
-whose embedding is not there.
+Steps: `plan` decides one, the runner computes it, `commit` books it. Chunks do not depend on what is drawn, so several steps may
+be in flight, and they come back in order. What is in flight is scheduled and not computed: it is told to nobody, and its blocks
+stay held, also when the request leaves, until every step that writes to them has come back. A prompt is cut into chunks under
+the step's token budget and runs up to the first image whose embedding is not there.
+
+A failed step alters nothing. Its chunks are tried again by halves (`blame`) until one fails that is alone; chunks in flight that
+follow a failed one are dropped as they land and planned anew.
 
 Why nothing waits for ever:
  - Blocks. A request gets the blocks of its whole prompt when it is admitted, so a running request never waits for blocks.
@@ -20,15 +24,20 @@ Owns: the requests, their block tables and the chains they are publishing. Does 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from epd.blame import Suspects
 from epd.cache.block_pool import BlockPool, CachedPrefix
 from epd.cache.prefix import block_hashes
-from epd.errors import BadConfig, BadRequest, InternalError, PromptTooLong, StaleHandle
+from epd.errors import BadConfig, BadRequest, InternalError, StaleHandle
 from epd.finish import finish_reason
+from epd.prefill.budget import share_budget
+from epd.prefill.chains import Chains
+from epd.prefill.integrity import Books, what_is_wrong
 from epd.prefill.request import (
     FinishedBlocks,
     PrefillChunk,
@@ -36,7 +45,7 @@ from epd.prefill.request import (
     PrefillProgress,
     PrefillRequest,
     PrefillState,
-    check_items,
+    check_request,
 )
 from protocol.messages import RequestId, Token
 
@@ -49,13 +58,15 @@ class PrefillConfig:
     max_running: int  # requests in one step
     max_model_len: int
     eos_token_ids: frozenset[int] = frozenset()
+    max_steps_in_flight: int = 1
 
 
 class PrefillScheduler:
     """A request is added once and leaves by `release` or `abort`."""
 
     def __init__(self, config: PrefillConfig, pool: BlockPool) -> None:
-        if min(config.block_size, config.token_budget, config.max_chunk_tokens, config.max_running) < 1:
+        limits = (config.block_size, config.token_budget, config.max_chunk_tokens, config.max_running, config.max_steps_in_flight)
+        if min(limits) < 1:
             raise BadConfig("prefill limits must be at least 1")
         self._config = config
         self._pool = pool
@@ -69,7 +80,9 @@ class PrefillScheduler:
         self._waiting: dict[RequestId, PrefillRequest] = {}  # in order of arrival
         self._running: dict[RequestId, PrefillRequest] = {}
         self._leaving: list[PrefillRequest] = []
-        self._computing: dict[int, PrefillRequest] = {}  # hash of a block that is not there yet -> who computes it
+        self._in_flight: deque[PrefillPlan] = deque()  # oldest first
+        self._suspects: Suspects[PrefillChunk] = Suspects()
+        self._chains = Chains()
         self._num_added = 0
 
     @property
@@ -98,7 +111,7 @@ class PrefillScheduler:
             PromptTooLong, BadRequest: it can never run.
             StaleHandle: the same or a newer epoch is known.
         """
-        self._check(request)
+        check_request(request, self._config.max_model_len)
         known = self._requests.get(request.request_id)
         if known is not None and not self.abort(request.request_id, request.epoch - 1):
             raise StaleHandle(f"request {request.request_id} is known with epoch {known.epoch}, not before {request.epoch}")
@@ -169,6 +182,11 @@ class PrefillScheduler:
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
+    @property
+    def can_plan(self) -> bool:
+        """Whether there may be one more step in flight."""
+        return len(self._in_flight) < self._config.max_steps_in_flight
+
     def plan(self, now: float, *, spare_blocks: int = 0) -> PrefillPlan:
         """The next step; without chunks when there is nothing to compute.
 
@@ -176,33 +194,50 @@ class PrefillScheduler:
             spare_blocks: admissions leave that many blocks free, for a decode scheduler on the same pool. It must be 0 when
                 decode holds no blocks, or a long prompt would wait for ever.
         """
-        reused = self._admit(now, spare_blocks)
-        chunks = self._share_budget()
+        if not self.can_plan:
+            raise InternalError(f"{len(self._in_flight)} prefill steps are not committed yet")
+        reused: tuple[FinishedBlocks, ...] = ()
+        if self._suspects:
+            chunks = self._suspects.next(_is_next) if not self._in_flight else ()
+        else:
+            reused = self._admit(now, spare_blocks)
+            chunks = self._share_budget()
         for chunk in chunks:
             chunk.request.num_scheduled_tokens = chunk.end
             chunk.request.num_steps_in_flight += 1
-        return PrefillPlan(chunks, reused)
+        plan = PrefillPlan(chunks, reused)
+        if chunks:
+            self._in_flight.append(plan)
+        return plan
 
     def commit(self, plan: PrefillPlan, tokens: Sequence[Token | None]) -> tuple[PrefillProgress, ...]:
         """Book a computed step: `tokens[i]` is what chunk i sampled. Tells of requests that still exist."""
         if len(tokens) != len(plan.chunks):
             raise InternalError(f"{len(tokens)} outputs for {len(plan.chunks)} chunks")
+        self._land(plan)
         progress = []
         for chunk, token in zip(plan.chunks, tokens, strict=True):
-            if self._is_still_here(chunk):
+            if _is_next(chunk):
                 if chunk.samples != (token is not None):
                     raise InternalError(f"request {chunk.request.request_id}: a token is due at the end of the prompt only")
                 progress.append(self._book(chunk, token))
         return tuple(progress)
 
+    def retract(self, plan: PrefillPlan) -> tuple[PrefillRequest, ...]:
+        """A step failed: its chunks are tried again, fewer at a time. Returns who is to blame for sure, and is aborted."""
+        self._land(plan)
+        suspects = [chunk for chunk in plan.chunks if _is_next(chunk)]
+        for chunk in suspects:
+            chunk.request.num_scheduled_tokens = chunk.start
+        if len(plan.chunks) > 1:
+            self._suspects.add(suspects)
+            return ()
+        return self._abort_all(suspects)
+
     def fail(self, plan: PrefillPlan) -> tuple[PrefillRequest, ...]:
-        """A step did not run: its requests are aborted. Returns those that still existed."""
-        failed = []
-        for chunk in plan.chunks:
-            if self._is_still_here(chunk):
-                self.abort(chunk.request.request_id)
-                failed.append(chunk.request)
-        return tuple(failed)
+        """A step did not run, and none will: its requests are aborted. Returns those that still existed."""
+        self._land(plan)
+        return self._abort_all([chunk for chunk in plan.chunks if chunk.request.state is PrefillState.RUNNING])
 
     # --- proof ------------------------------------------------------------------------------------------------------
 
@@ -211,34 +246,25 @@ class PrefillScheduler:
         return [request.block_table for request in (*self._requests.values(), *self._leaving)]
 
     def is_idle(self) -> bool:
-        return not self._requests and not self._leaving
+        return not self._requests and not self._leaving and not self._in_flight
 
     def check_integrity(self) -> None:
         """Raises:
         InternalError: naming what is wrong.
         """
-        wrong = [*self._wrong_indexes(), *(text for request in self._requests.values() for text in self._wrong_numbers(request))]
+        books = Books(
+            tuple(self._requests.values()),
+            self._waiting.keys(),
+            self._running.keys(),
+            self._leaving,
+            self._chains.requests(),
+            self._in_flight,
+            self._config.block_size,
+            self._config.max_steps_in_flight,
+        )
+        wrong = what_is_wrong(books)
         if wrong:
             raise InternalError("prefill scheduler: " + "; ".join(wrong))
-
-    def _wrong_indexes(self) -> Iterable[str]:
-        for state, index in ((PrefillState.WAITING, self._waiting), (PrefillState.RUNNING, self._running)):
-            if index.keys() != {key for key, request in self._requests.items() if request.state is state}:
-                yield f"the index of {state.name} requests is wrong"
-        if any(request.state is not PrefillState.LEAVING or not request.num_steps_in_flight for request in self._leaving):
-            yield "a request stays without a step in flight"
-        if any(request.state is not PrefillState.RUNNING for request in self._computing.values()):
-            yield "a block is waited for that nobody computes"
-
-    def _wrong_numbers(self, request: PrefillRequest) -> Iterable[str]:
-        numbers = (request.num_cached_tokens, request.num_computed_tokens, request.num_scheduled_tokens, request.num_tokens)
-        if list(numbers) != sorted(numbers):
-            yield f"{request.request_id}: cached, computed, scheduled and all tokens are {numbers}"
-        num_due = 0 if request.state is PrefillState.WAITING else self._num_blocks_of(request.num_tokens)
-        if len(request.block_table) != num_due:
-            yield f"{request.request_id}: {len(request.block_table)} blocks held, {num_due} due"
-        if request.state is PrefillState.FINISHED and request.num_computed_tokens != request.num_tokens:
-            yield f"{request.request_id}: finished with {request.num_computed_tokens} of {request.num_tokens} tokens"
 
     # --- admission --------------------------------------------------------------------------------------------------
 
@@ -280,8 +306,7 @@ class PrefillScheduler:
         request.state = PrefillState.RUNNING
         del self._waiting[request.request_id]
         self._running[request.request_id] = request
-        for block_hash in request.hashes[num_cached_blocks:]:
-            self._computing.setdefault(block_hash, request)
+        self._chains.begin(request, request.hashes[num_cached_blocks:])
 
     def _reusable_hashes(self, request: PrefillRequest) -> tuple[int, ...]:
         """The last token is always computed: its logits are what prefill is for."""
@@ -292,10 +317,7 @@ class PrefillScheduler:
         hashes = self._reusable_hashes(request)
         if cached.num_blocks >= len(hashes):
             return False
-        other = self._computing.get(hashes[cached.num_blocks])
-        if other is None:
-            return False
-        return other.runnable_until(other.num_computed_tokens) >= (cached.num_blocks + 1) * self._config.block_size
+        return self._chains.is_coming(hashes[cached.num_blocks], (cached.num_blocks + 1) * self._config.block_size)
 
     def _num_stalled_blocks(self) -> int:
         return sum(
@@ -304,62 +326,38 @@ class PrefillScheduler:
             if request.block_table and request.is_stalled(request.num_computed_tokens)
         )
 
-    # --- the budget -------------------------------------------------------------------------------------------------
-
     def _share_budget(self) -> tuple[PrefillChunk, ...]:
-        """Half of the budget to the oldest runnable request, then all that is left by least work left."""
-        runnable = [request for request in self._running.values() if request.is_runnable]
-        if not runnable:
-            return ()
-        oldest = min(runnable, key=lambda request: request.order)
-        ends: dict[PrefillRequest, int] = {}
-        left = self._config.token_budget
-        left -= self._extend(ends, oldest, (left + 1) // 2)
-        for request in sorted(runnable, key=lambda request: (request.num_tokens - request.num_scheduled_tokens, request.order)):
-            if left and (request in ends or len(ends) < self._config.max_running):
-                left -= self._extend(ends, request, left)
-        return tuple(
-            PrefillChunk(request, request.num_scheduled_tokens, end - request.num_scheduled_tokens, end == request.num_tokens)
-            for request, end in ends.items()
+        return share_budget(
+            [request for request in self._running.values() if request.is_runnable],
+            token_budget=self._config.token_budget,
+            max_chunk_tokens=self._config.max_chunk_tokens,
+            max_running=self._config.max_running,
+            block_size=self._config.block_size,
         )
-
-    def _extend(self, ends: dict[PrefillRequest, int], request: PrefillRequest, room: int) -> int:
-        """Move a request's end of chunk by at most `room` tokens; returns by how many."""
-        start = request.num_scheduled_tokens
-        before = ends.get(request, start)
-        goal = min(request.runnable_until(start), start + self._config.max_chunk_tokens)
-        end = min(goal, before + room)
-        if end < request.runnable_until(start):
-            # Cut on a block boundary, so that chunks hand over whole blocks. Only a step's first chunk may be smaller than that.
-            aligned = end - end % self._config.block_size
-            if aligned > before:
-                end = aligned
-            elif ends and before + room < goal:
-                end = before
-        if end > before:
-            ends[request] = end
-        return end - before
 
     # --- booking ----------------------------------------------------------------------------------------------------
 
-    def _is_still_here(self, chunk: PrefillChunk) -> bool:
-        """Count a step's end for one request; who left meanwhile gives its blocks back now."""
-        request = chunk.request
-        request.num_steps_in_flight -= 1
-        if request.state is PrefillState.LEAVING and not request.num_steps_in_flight:
-            self._leaving.remove(request)
-            self._free(request)
-        return request.state is PrefillState.RUNNING
+    def _land(self, plan: PrefillPlan) -> None:
+        """Count a step's end; who has left gives its blocks back with the last of its steps."""
+        if not plan.chunks:
+            return
+        if not self._in_flight or plan is not self._in_flight[0]:
+            raise InternalError("prefill steps were committed out of order")
+        self._in_flight.popleft()
+        for chunk in plan.chunks:
+            request = chunk.request
+            request.num_steps_in_flight -= 1
+            if request.state is PrefillState.LEAVING and not request.num_steps_in_flight:
+                self._leaving.remove(request)
+                self._free(request)
 
     def _book(self, chunk: PrefillChunk, token: Token | None) -> PrefillProgress:
         request = chunk.request
-        if chunk.start != request.num_computed_tokens:
-            raise InternalError(f"request {request.request_id}: steps were committed out of order")
         first_full = request.num_computed_tokens // self._config.block_size
         request.num_computed_tokens = chunk.end
         for place in range(first_full, chunk.end // self._config.block_size):
             self._pool.cache(request.block_table[place], request.hashes[place])
-            self._stop_computing(request, request.hashes[place])
+        self._chains.end(request, request.hashes[first_full : chunk.end // self._config.block_size])
         if token is not None:
             del self._running[request.request_id]
             request.state = PrefillState.FINISHED
@@ -387,34 +385,23 @@ class PrefillScheduler:
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
+    def _abort_all(self, chunks: Sequence[PrefillChunk]) -> tuple[PrefillRequest, ...]:
+        for chunk in chunks:
+            self.abort(chunk.request.request_id)
+        return tuple(chunk.request for chunk in chunks)
+
     def _forget(self, request: PrefillRequest) -> None:
         del self._requests[request.request_id]
         self._waiting.pop(request.request_id, None)
         self._running.pop(request.request_id, None)
-        for block_hash in request.hashes[request.num_computed_tokens // self._config.block_size :]:
-            self._stop_computing(request, block_hash)
+        self._chains.end(request, request.hashes[request.num_computed_tokens // self._config.block_size :])
 
     def _free(self, request: PrefillRequest) -> None:
         self._pool.free(request.block_table)
         request.block_table = []
         request.state = PrefillState.GONE
 
-    def _stop_computing(self, request: PrefillRequest, block_hash: int) -> None:
-        if self._computing.get(block_hash) is request:
-            del self._computing[block_hash]
-
     # --- helpers ----------------------------------------------------------------------------------------------------
-
-    def _check(self, request: PrefillRequest) -> None:
-        if not 0 < request.num_prompt_tokens <= request.num_tokens:
-            raise BadRequest(f"request {request.request_id}: {request.num_prompt_tokens} prompt tokens of {request.num_tokens}")
-        if request.num_tokens >= self._config.max_model_len:
-            raise PromptTooLong(
-                f"{request.num_tokens} tokens leave no room for output; the model's context is {self._config.max_model_len}"
-            )
-        wrong = check_items(request.items, request.num_tokens)
-        if wrong:
-            raise BadRequest(f"request {request.request_id}: {wrong}")
 
     def _require_finished(self, request: PrefillRequest) -> None:
         if request.state is not PrefillState.FINISHED:
@@ -426,3 +413,8 @@ class PrefillScheduler:
 
     def _num_blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)
+
+
+def _is_next(chunk: PrefillChunk) -> bool:
+    """Whether a chunk goes on where its request has got to: false when it has left, or a chunk before has failed."""
+    return chunk.request.state is PrefillState.RUNNING and chunk.start == chunk.request.num_computed_tokens

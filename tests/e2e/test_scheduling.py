@@ -61,7 +61,9 @@ class ClusterMachine(RuleBasedStateMachine):
             max_chunk_tokens=data.draw(st.integers(1, 24), "max_chunk_tokens"),
             max_running=data.draw(st.integers(1, 4), "max_running"),
             num_ids=data.draw(st.sampled_from([5, 100]), "num_ids"),
-            max_ahead=data.draw(st.integers(1, 3), "max_ahead"),
+            max_prefills_in_flight=data.draw(st.integers(1, 3), "max_prefills_in_flight"),
+            max_decodes_in_flight=data.draw(st.integers(1, 2), "max_decodes_in_flight"),
+            fails_without_token=data.draw(st.booleans(), "fails_without_token"),
             is_shared=self.is_shared,
         )
         self.cluster = Cluster(self.sizes)
@@ -72,10 +74,10 @@ class ClusterMachine(RuleBasedStateMachine):
         return [job for job in self.cluster.jobs.values() if not job.is_over]
 
     @precondition(lambda self: len(self.open_jobs()) < 8)
-    @rule(data=st.data(), max_tokens=st.integers(1, 20), ignore_eos=st.booleans())
-    def submit(self, data: st.DataObject, max_tokens: int, ignore_eos: bool) -> None:
+    @rule(data=st.data(), max_tokens=st.integers(1, 20), ignore_eos=st.booleans(), penalty=st.sampled_from([1.0, 1.0, 1.2]))
+    def submit(self, data: st.DataObject, max_tokens: int, ignore_eos: bool, penalty: float) -> None:
         token_ids, items = data.draw(prompts(self.sizes.max_model_len - 1))
-        sampling = Sampling(max_tokens=max_tokens, ignore_eos=ignore_eos)
+        sampling = Sampling(max_tokens=max_tokens, ignore_eos=ignore_eos, repetition_penalty=penalty)
         self.cluster.submit(token_ids, items, sampling)
 
     @precondition(lambda self: self.cluster.jobs)
@@ -121,7 +123,7 @@ class ClusterMachine(RuleBasedStateMachine):
 
     @rule(num_rounds=st.integers(1, 8), are_encoded=st.booleans())
     def go_on(self, num_rounds: int, are_encoded: bool) -> None:
-        """Some of every move, and at the end a step of each kind that is planned and not committed."""
+        """Some of every move, and at the end as many steps of each kind in flight as there may be."""
         for job in self.open_jobs():
             for index in sorted(job.missing) if are_encoded else []:
                 self.cluster.embedding(job, index)
@@ -131,8 +133,10 @@ class ClusterMachine(RuleBasedStateMachine):
             self.cluster.reserve()
             for job in self.open_jobs():
                 self.cluster.pull(job)
-            self.cluster.plan_prefill()
-            self.cluster.plan_decode()
+            while self.cluster.plan_prefill():
+                pass
+            while self.cluster.plan_decode():
+                pass
 
     @precondition(lambda self: self.cluster.num_retries < 3)
     @rule(is_prefill=st.booleans())
@@ -142,6 +146,12 @@ class ClusterMachine(RuleBasedStateMachine):
         else:
             self.cluster.commit_decode(fails=True)
 
+    @precondition(lambda self: self.open_jobs() and self.cluster.num_retries < 3)
+    @rule(data=st.data())
+    def poison(self, data: st.DataObject) -> None:
+        """From now on every step that a request is in fails, until the request is blamed for it."""
+        data.draw(st.sampled_from(self.open_jobs())).is_poison = True
+
     @precondition(lambda self: self.open_jobs())
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -149,7 +159,7 @@ class ClusterMachine(RuleBasedStateMachine):
 
     def jobs_in_flight(self) -> list[Job]:
         chunks = [chunk.request.request_id for plan, _ in self.cluster.prefill_steps for chunk in plan.chunks]
-        steps = [step.request.request_id for step in self.cluster.decode_step[0].steps] if self.cluster.decode_step else []
+        steps = [step.request.request_id for plan, _ in self.cluster.decode_steps for step in plan.steps]
         return [job for job in self.open_jobs() if job.request_id in (*chunks, *steps)]
 
     @precondition(lambda self: self.jobs_in_flight())
@@ -194,9 +204,9 @@ TestSharedPool.settings = settings(max_examples=80, stateful_step_count=50, dead
 
 @pytest.mark.parametrize("is_shared", [False, True], ids=["separate", "shared"])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-@pytest.mark.parametrize("token_budget", [3, 16, 200])
+@pytest.mark.parametrize(("token_budget", "num_in_flight"), [(3, 1), (3, 2), (16, 1), (16, 2), (200, 2)])
 def test_many_requests_in_a_small_pool_all_finish_with_their_own_tokens(
-    is_shared: bool, block_size: int, token_budget: int
+    is_shared: bool, block_size: int, token_budget: int, num_in_flight: int
 ) -> None:
     least = -(-60 // block_size)
     cluster = Cluster(
@@ -208,6 +218,8 @@ def test_many_requests_in_a_small_pool_all_finish_with_their_own_tokens(
             token_budget=token_budget,
             max_chunk_tokens=token_budget,
             num_ids=50,
+            max_prefills_in_flight=num_in_flight,
+            max_decodes_in_flight=num_in_flight,
             is_shared=is_shared,
         )
     )
@@ -218,4 +230,5 @@ def test_many_requests_in_a_small_pool_all_finish_with_their_own_tokens(
     cluster.finish()
     assert all(job.output == cluster.expected(job) for job in cluster.jobs.values())
     assert cluster.decode.num_preemptions > 0
+    assert (cluster.num_ahead > 0) == (num_in_flight > 1)
     assert cluster.prefill_pool.cache_hits > 0 or block_size == 16  # where the few blocks never stay

@@ -30,9 +30,12 @@ class Bench:
         max_chunk_tokens: int = 16,
         max_running: int = 8,
         max_model_len: int = 64,
+        max_steps_in_flight: int = 4,
     ) -> None:
         self.pool = BlockPool(num_blocks)
-        config = PrefillConfig(BLOCK, token_budget, max_chunk_tokens, max_running, max_model_len, frozenset([EOS]))
+        config = PrefillConfig(
+            BLOCK, token_budget, max_chunk_tokens, max_running, max_model_len, frozenset([EOS]), max_steps_in_flight
+        )
         self.scheduler = PrefillScheduler(config, self.pool)
         self.finished: list[str] = []
 

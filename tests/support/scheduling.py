@@ -1,8 +1,8 @@
 """Prefill and decode schedulers with toy memory in place of runners, transfer and gateway.
 
 Every sequence is computed by reading its whole context back through its block table, so a block given away too early, shared
-wrongly or not pulled changes the output. Steps take effect when they are committed; those of requests that have left write
-rubbish.
+wrongly or not pulled changes the output. Steps take effect when they are committed; those of requests that have left, and those
+that follow a failed one, write rubbish.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from epd.cache.block_pool import BlockPool
-from epd.decode.request import DecodePlan, DecodeRequest, DecodeState, Reservation
+from epd.decode.request import DecodePlan, DecodeRequest, DecodeState, DecodeStep, Reservation
 from epd.decode.scheduler import DecodeConfig, DecodeScheduler
 from epd.prefill.request import FinishedBlocks, PrefillPlan, PrefillRequest, PrefillState
 from epd.prefill.scheduler import PrefillConfig, PrefillScheduler
+from epd.step import PENDING
 from protocol.messages import MMItem, RequestId, Sampling, Token
 from tests.support.paged import Cell, PagedMemory, cells_of, draw, generate
 
@@ -36,7 +37,10 @@ class Sizes:
     max_chunk_tokens: int = 12
     max_running: int = 4
     num_ids: int = 5
-    max_ahead: int = 2  # prefill steps in flight
+    max_prefills_in_flight: int = 2
+    max_decodes_in_flight: int = 2
+    # A decode step that feeds what a failed one was to draw: fails, as on a runner that looks its tokens up, or feeds rubbish.
+    fails_without_token: bool = True
     is_shared: bool = False
 
 
@@ -52,6 +56,7 @@ class Job:
     output: list[int] = field(default_factory=list)
     is_over: bool = False
     is_aborted: bool = False
+    is_poison: bool = False  # the steps that it is in fail
     missing: set[int] = field(default_factory=set)  # images whose embedding has not come in this epoch
     reservation: Reservation | None = None
     told: deque[tuple[FinishedBlocks, int]] = field(default_factory=deque)  # finished and not pulled, with their lease
@@ -77,15 +82,23 @@ class Cluster:
         self.prefill_memory = PagedMemory(sizes.prefill_blocks, sizes.block_size)
         self.decode_memory = self.prefill_memory if sizes.is_shared else PagedMemory(sizes.decode_blocks, sizes.block_size)
         limits = PrefillConfig(
-            sizes.block_size, sizes.token_budget, sizes.max_chunk_tokens, sizes.max_running, sizes.max_model_len, eos
+            sizes.block_size,
+            sizes.token_budget,
+            sizes.max_chunk_tokens,
+            sizes.max_running,
+            sizes.max_model_len,
+            eos,
+            sizes.max_prefills_in_flight,
         )
         self.prefill = PrefillScheduler(limits, self.prefill_pool)
-        decode_limits = DecodeConfig(sizes.block_size, sizes.max_running, sizes.max_model_len, eos)
+        decode_limits = DecodeConfig(sizes.block_size, sizes.max_running, sizes.max_model_len, eos, sizes.max_decodes_in_flight)
         self.decode = DecodeScheduler(decode_limits, self.decode_pool)
         self.jobs: dict[RequestId, Job] = {}
         self.prefill_steps: deque[tuple[PrefillPlan, list[list[int]]]] = deque()  # with the tables as they were planned
-        self.decode_step: tuple[DecodePlan, list[list[int]]] | None = None
+        self.decode_steps: deque[tuple[DecodePlan, list[list[int]]]] = deque()
+        self.drawn: dict[DecodeRequest, int] = {}  # by the last decode step that was computed
         self.num_retries = 0
+        self.num_ahead = 0  # decode sequences planned before their token was known
 
     # --- the gateway ------------------------------------------------------------------------------------------------
 
@@ -113,6 +126,14 @@ class Cluster:
         job.missing.discard(index)
         self.prefill.embedding_ready(job.request_id, index)
 
+    def _blame(self, blamed: Sequence[PrefillRequest | DecodeRequest]) -> None:
+        """Only what failed alone has failed for itself: nobody else is held up by a bad neighbour."""
+        for request in blamed:
+            job = self.jobs[request.request_id]
+            assert job.is_poison
+            job.is_poison = False
+            self.retry(job)
+
     def _attempt(self, job: Job) -> None:
         job.epoch += 1
         job.missing = set(range(len(job.items)))
@@ -137,7 +158,7 @@ class Cluster:
     # --- prefill ----------------------------------------------------------------------------------------------------
 
     def plan_prefill(self) -> bool:
-        if len(self.prefill_steps) == self.sizes.max_ahead:
+        if not self.prefill.can_plan:
             return False
         plan = self.prefill.plan(0.0, spare_blocks=self.decode.num_running if self.sizes.is_shared else 0)
         assert plan.num_tokens <= self.sizes.token_budget
@@ -161,6 +182,9 @@ class Cluster:
             for request in self.prefill.fail(plan):
                 self.retry(self.jobs[request.request_id])
             return True
+        if any(self.jobs[chunk.request.request_id].is_poison for chunk in plan.chunks):
+            self._blame(self.prefill.retract(plan))
+            return True
         tokens = [self._compute_chunk(plan, place, table) for place, table in enumerate(tables)]
         for progress in self.prefill.commit(plan, tokens):
             job = self.jobs[progress.request.request_id]
@@ -173,7 +197,7 @@ class Cluster:
     def _compute_chunk(self, plan: PrefillPlan, place: int, table: list[int]) -> Token | None:
         chunk = plan.chunks[place]
         request = chunk.request
-        if request.state is not PrefillState.RUNNING:
+        if request.state is not PrefillState.RUNNING or chunk.start != request.num_computed_tokens:
             self.prefill_memory.write(table, chunk.start, [RUBBISH] * chunk.num_new)
             return Token(1) if chunk.samples else None
         cells = cells_of(request.token_ids, request.items)
@@ -248,40 +272,53 @@ class Cluster:
     # --- decode -----------------------------------------------------------------------------------------------------
 
     def plan_decode(self) -> bool:
-        if self.decode_step is not None:
+        if not self.decode.can_plan:
             return False
         plan = self.decode.plan()
         assert len(plan.steps) <= self.sizes.max_running
         for request in plan.preempted:
             self._attempt(self.jobs[request.request_id])
+        for step in plan.steps:
+            if step.token_id == PENDING:
+                self.num_ahead += 1
+                assert not step.request.needs_history
+                assert any(step.request is before.request for before in self.decode_steps[-1][0].steps)
+            assert step.request.output_until(step.position)[-1] == step.token_id
         if plan.steps:
-            self.decode_step = (plan, [list(step.request.block_table) for step in plan.steps])
+            self.decode_steps.append((plan, [list(step.request.block_table) for step in plan.steps]))
         return bool(plan.steps or plan.preempted)
 
     def commit_decode(self, *, fails: bool = False) -> bool:
-        if self.decode_step is None:
+        if not self.decode_steps:
             return False
-        (plan, tables), self.decode_step = self.decode_step, None
+        plan, tables = self.decode_steps.popleft()
+        drawn, self.drawn = self.drawn, {}
         if fails:
             for request in self.decode.fail(plan):
                 self.retry(self.jobs[request.request_id])
             return True
-        tokens: list[Token] = []
-        for step, table in zip(plan.steps, tables, strict=True):
-            if step.request.state is not DecodeState.RUNNING:
-                self.decode_memory.write(table, step.position, [RUBBISH])
-                tokens.append(Token(1))
-                continue
-            cells = self.jobs[step.request.request_id].cells
-            assert len(cells) == step.position + 1
-            assert (step.token_id,) == cells[-1]
-            self.decode_memory.write(table, step.position, cells[-1:])
-            read = self.decode_memory.read(table, step.position + 1)
-            assert read == cells
-            tokens.append(Token(draw(read, self.sizes.num_ids)))
+        lacks_token = any(step.token_id == PENDING and step.request not in drawn for step in plan.steps)
+        is_poisoned = any(self.jobs[step.request.request_id].is_poison for step in plan.steps)
+        if is_poisoned or (lacks_token and self.sizes.fails_without_token):
+            self._blame(self.decode.retract(plan))
+            return True
+        tokens = [Token(self._compute_step(step, table, drawn)) for step, table in zip(plan.steps, tables, strict=True)]
+        self.drawn = {step.request: token.token_id for step, token in zip(plan.steps, tokens, strict=True)}
         for output in self.decode.commit(plan, tokens):
             self._take(self.jobs[output.request.request_id], output.index, output.token)
         return True
+
+    def _compute_step(self, step: DecodeStep, table: list[int], drawn: dict[DecodeRequest, int]) -> int:
+        if step.request.state is not DecodeState.RUNNING or step.position != step.request.num_computed_tokens:
+            self.decode_memory.write(table, step.position, [RUBBISH])
+            return 1
+        cells = self.jobs[step.request.request_id].cells
+        assert len(cells) == step.position + 1
+        assert (drawn[step.request] if step.token_id == PENDING else step.token_id,) == cells[-1]
+        self.decode_memory.write(table, step.position, cells[-1:])
+        read = self.decode_memory.read(table, step.position + 1)
+        assert read == cells
+        return draw(read, self.sizes.num_ids)
 
     # --- the whole --------------------------------------------------------------------------------------------------
 
@@ -296,8 +333,9 @@ class Cluster:
         for plan, _ in self.prefill_steps:
             for chunk in plan.chunks:
                 self._check_writer(self.prefill.tables(), chunk.request.block_table, chunk.start, chunk.end)
-        for step in self.decode_step[0].steps if self.decode_step is not None else ():
-            self._check_writer(self.decode.tables(), step.request.block_table, step.position, step.position + 1)
+        for decode_plan, _ in self.decode_steps:
+            for step in decode_plan.steps:
+                self._check_writer(self.decode.tables(), step.request.block_table, step.position, step.position + 1)
 
     def _check_writer(self, tables: list[Sequence[int]], own: Sequence[int], start: int, end: int) -> None:
         """What a step in flight writes to is held by its request alone, also when the request has been aborted."""
@@ -308,9 +346,11 @@ class Cluster:
 
     def finish(self) -> None:
         """Let everything that is left run to its end, and compare. Each round makes one move of every kind."""
+        for job in self.jobs.values():
+            job.is_poison = False
         max_rounds = 50 + 4 * sum(len(job.prompt) + job.sampling.max_tokens for job in self.jobs.values())
         for _ in range(max_rounds):
-            if all(job.is_over for job in self.jobs.values()) and not self.prefill_steps and self.decode_step is None:
+            if all(job.is_over for job in self.jobs.values()) and not self.prefill_steps and not self.decode_steps:
                 break
             for job in self.jobs.values():
                 for index in [] if job.is_over else sorted(job.missing):
@@ -318,7 +358,9 @@ class Cluster:
                 self.pull(job)
             self.reserve()
             self.plan_prefill()
+            self.plan_prefill()
             self.commit_prefill()
+            self.plan_decode()
             self.plan_decode()
             self.commit_decode()
             self.check()
@@ -330,6 +372,4 @@ class Cluster:
         assert self.decode_pool.is_idle()
 
     def expected(self, job: Job) -> list[int]:
-        return generate(
-            job.prompt, job.items, job.sampling, num_ids=self.sizes.num_ids, max_model_len=self.sizes.max_model_len
-        )
+        return generate(job.prompt, job.items, job.sampling, num_ids=self.sizes.num_ids, max_model_len=self.sizes.max_model_len)
