@@ -1,7 +1,8 @@
-"""Which tensors a role reads and how; a checkpoint that does not fit is refused with the names of its tensors."""
+"""Which tensors a role reads, to where and how; a checkpoint that does not fit is refused with the names of its tensors."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,15 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from epd.errors import BadCheckpoint
+from epd.errors import BadCheckpoint, BadConfig
 from epd.model.config import load_model_config
-from epd.model.shapes import text_shapes, vision_shapes
-from epd.model.weights import Weights, load_text_weights, load_vision_weights
+from epd.model.shapes import text_groups, text_shapes, vision_shapes
+from epd.model.weights import Placement, Weights, load_text_weights, load_vision_weights
 from tests.model.reference import Model
 
 Tensors = dict[str, torch.Tensor]
 VL = "vl-deepstack2-tied"
 TEXT = "qwen3-mha-bias"
+MAPPED, READ = Placement(), Placement("cpu", "bfloat16")  # READ takes the way to a device
 
 
 @pytest.fixture
@@ -94,10 +96,13 @@ def _replace(name: str, tensor: torch.Tensor) -> Callable[[Tensors], Tensors]:
         (lambda tensors: {"one": torch.zeros(1)}, r"missing: .* and 25 more; unexpected: one"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(change: Callable[[Tensors], Tensors], said: str, copy_of: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("placement", [MAPPED, READ], ids=["mapped", "read"])
+def test_tensors_that_do_not_fit_are_named(
+    change: Callable[[Tensors], Tensors], said: str, placement: Placement, copy_of: Callable[..., Path]
+) -> None:
     folder = copy_of(TEXT, change)
     with pytest.raises(BadCheckpoint, match=said):
-        load_text_weights(load_model_config(folder), folder)
+        load_text_weights(load_model_config(folder), folder, placement=placement)
 
 
 def test_the_vision_tower_is_checked_too(copy_of: Callable[..., Path]) -> None:
@@ -124,12 +129,15 @@ def test_a_head_beside_tied_embeddings_is_not_in_the_way(copy_of: Callable[..., 
         (lambda data: data[:200], "no safetensors file"),
     ],
 )
-def test_a_broken_file_is_refused(spoil: Callable[[bytes], bytes], said: str, copy_of: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("placement", [MAPPED, READ], ids=["mapped", "read"])
+def test_a_broken_file_is_refused(
+    spoil: Callable[[bytes], bytes], said: str, placement: Placement, copy_of: Callable[..., Path]
+) -> None:
     folder = copy_of(TEXT)
     file = folder / "model.safetensors"
     file.write_bytes(spoil(file.read_bytes()))
     with pytest.raises(BadCheckpoint, match=said):
-        load_text_weights(load_model_config(folder), folder)
+        load_text_weights(load_model_config(folder), folder, placement=placement)
 
 
 def test_an_index_may_not_reach_out_of_its_folder(copy_of: Callable[..., Path]) -> None:
@@ -169,16 +177,79 @@ def test_dummy_weights_are_the_same_everywhere_and_differ_by_name(model_of: Call
     assert not torch.equal(_qkv(first, 0), _qkv(first, 1))
 
 
+@pytest.mark.parametrize("name", [VL, TEXT])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_device_gets_the_same_tensors_in_its_dtype(name: str, stored: torch.dtype, copy_of: Callable[..., Path]) -> None:
+    folder = _converted(copy_of(name), stored)
+    config = load_model_config(folder)
+    weights = load_text_weights(config, folder, placement=READ)
+    expected = load_file(folder / "model.safetensors")
+    assert not weights.is_shared
+    for tensor_name, shape in text_shapes(config).items():
+        tensor = weights.tensor(tensor_name)
+        assert tensor.is_contiguous()
+        assert tuple(tensor.shape) == shape
+        assert torch.equal(tensor, expected[tensor_name].to(torch.bfloat16))
+    assert weights.num_bytes == sum(2 * expected[tensor_name].numel() for tensor_name in text_shapes(config))
+
+
+def test_what_is_used_side_by_side_was_read_that_way(model_of: Callable[[str], Model]) -> None:
+    model = model_of(TEXT)
+    separate = load_text_weights(model.config, model.folder)
+    weights = load_text_weights(model.config, model.folder, placement=READ)
+    for group in text_groups(model.config):
+        before = [weights.tensor(name).data_ptr() for name in group]
+        joined = weights.joined(group)
+        assert joined is not None
+        assert [weights.tensor(name).data_ptr() for name in group] == before
+        assert joined.data_ptr() == before[0]
+        assert torch.equal(joined, torch.cat([separate.tensor(name) for name in group]).to(torch.bfloat16))
+
+
+def test_all_of_a_role_is_one_allocation(model_of: Callable[[str], Model]) -> None:
+    weights = load_text_weights(model_of(TEXT).config, model_of(TEXT).folder, placement=READ)
+    tensors = [weights.tensor(name) for name in text_shapes(model_of(TEXT).config)]
+    memory = tensors[0].untyped_storage()
+    assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == {memory.data_ptr()}
+    assert memory.nbytes() < weights.num_bytes + 256 * len(tensors)
+    ranges = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+
+
+def test_dummy_weights_of_a_device_are_drawn_in_its_dtype(model_of: Callable[[str], Model]) -> None:
+    config = model_of(TEXT).config
+    first, second = (load_text_weights(config, "nowhere", "dummy", placement=READ) for _ in range(2))
+    for name in text_shapes(config):
+        assert first.tensor(name).dtype == torch.bfloat16
+        assert torch.equal(first.tensor(name), second.tensor(name))
+    group = text_groups(config)[0]
+    joined = first.joined(group)
+    assert joined is not None
+    assert joined.data_ptr() == first.tensor(group[0]).data_ptr()
+
+
+def test_a_device_without_room_says_what_the_weights_take(
+    model_of: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(BadConfig, match=r"the weights take 0\.00 GiB: no room"):
+        load_text_weights(model_of(TEXT).config, model_of(TEXT).folder, placement=READ)
+
+
 def test_a_text_model_has_no_vision_weights(model_of: Callable[[str], Model]) -> None:
     model = model_of(TEXT)
     with pytest.raises(BadCheckpoint, match="no vision tower"):
         load_vision_weights(model.config, model.folder)
 
 
-def test_progress_counts_to_the_end(model_of: Callable[[str], Model]) -> None:
+@pytest.mark.parametrize("placement", [MAPPED, READ], ids=["mapped", "read"])
+def test_progress_counts_to_the_end(placement: Placement, model_of: Callable[[str], Model]) -> None:
     model = model_of(TEXT)
     seen: list[tuple[int, int]] = []
-    load_text_weights(model.config, model.folder, progress=lambda done, total: seen.append((done, total)))
+    load_text_weights(model.config, model.folder, progress=lambda done, total: seen.append((done, total)), placement=placement)
     count = len(text_shapes(model.config))
     assert seen == [(i + 1, count) for i in range(count)]
 
