@@ -1,0 +1,316 @@
+"""The runner that prefill and decode drive on a device: a step plan in, tokens out when the device has come so far.
+
+Owns the order of a step: the host's arrays, one copy, the launches (or one graph), sampling, the copy of what was drawn.
+`execute` returns when all that has been given to the device and waits for none of it, so that the next step can be planned and
+launched while this one runs. Knows which row drew each request's token in the step before, which is all that such a plan leaves
+open.
+
+What two batches have in common is said in `epd.model.device.text`: the same tokens as far as the dtype tells them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from epd.errors import BadConfig
+from epd.model.batch import Batch, make_batch
+from epd.model.device.work_queue import WorkQueue, Mark, open_queue
+from epd.model.device.graphs import GraphOptions, Graphs, Shape, Shapes
+from epd.model.device.inputs import Layout, Staging
+from epd.model.device.sampler import Logprobs, is_greedy, sample
+from epd.model.device.text import Buffers, ChunkInputs, DeviceTextModel, Inputs
+from epd.step import PENDING, EmbeddingSpan, SampleRequest, StepOutput, StepPlan
+from gpu.stream import Deferred
+from protocol.messages import RequestId, Sampling, Token, TokenLogprob
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class DeviceTextRunner:
+    """Runs the steps of prefill or decode over the KV pool of its stage. All calls come from the stage's stream, in order."""
+
+    def __init__(
+        self,
+        model: DeviceTextModel,
+        kv_pool: Tensor,
+        *,
+        max_sequences: int,
+        max_model_len: int,
+        graphs: GraphOptions | None = None,
+        queue: WorkQueue | None = None,
+    ) -> None:
+        """`kv_pool`: the pool's blocks as [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] of the model's dtype.
+
+        `max_sequences` in one step; `max_model_len` tokens in one context. Several runners may share a model. Raises BadConfig
+        for a pool of other blocks.
+        """
+        text = model.config
+        block_size = kv_pool.shape[4]
+        block_shape = (text.num_layers, 2, text.num_kv_heads, block_size, text.head_dim)
+        if kv_pool.shape[1:] != block_shape or kv_pool.dtype != model.dtype:
+            raise BadConfig(f"the KV pool's blocks, {list(kv_pool.shape[1:])} of {kv_pool.dtype}, are not those of this model")
+        self.model = model
+        self._kv = kv_pool
+        self._block_size = block_size
+        self._max_sequences = max_sequences
+        self._queue = queue or open_queue(model.device)
+        self._staging = Staging(self._queue)
+        self._buffers = Buffers(model)
+        self._drawn = torch.zeros(max_sequences, dtype=torch.int64, device=model.device)
+        self._row_of: dict[RequestId, int] = {}  # in _drawn, of what the last step drew
+        self._decode = _DecodeGraphs(
+            model,
+            kv_pool,
+            self._drawn,
+            Shapes(graphs or GraphOptions(), max_sequences=max_sequences, max_model_len=max_model_len, block_size=block_size),
+            self._queue,
+        )
+        self._queue.synchronize()  # what was made here may have been made on another stream than steps run on
+
+    def prepare(self) -> None:
+        """Compile kernels and capture the graphs that are wanted at start. On the stage's stream; blocks."""
+        self.model.kernels.warm_up(self.model.geometry(self._block_size), self.model.device)
+        self._decode.capture_first()
+        self._queue.synchronize()
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> Deferred[StepOutput]:
+        """Raises ValueError for a plan that makes no sense (see make_batch), or whose PENDING token the last step did not draw.
+
+        Nothing has been drawn then, as far as the next step is concerned.
+        """
+        started = self._queue.mark()
+        row_of, self._row_of = self._row_of, {}
+        batch = make_batch(plan, self._block_size)
+        has_pending = _point_at_drawn(plan, batch, row_of)
+        requests = [request for i in batch.sampled if (request := plan.sequences[i].sample) is not None]
+        logits = self._forward(batch, has_pending)
+        drawn, logprobs = self._drawn[: len(requests)], None
+        if not is_greedy(requests):
+            logprobs = sample(logits, requests, drawn, self._staging)
+        self._row_of = {plan.sequences[i].request_id: row for row, i in enumerate(batch.sampled)}
+        return _Outcome(self._queue, started, len(plan.sequences), batch.sampled, requests, drawn, logprobs)
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan) -> FloatArray:
+        """What `execute` would sample from, [num_sampled, vocab_size], for evaluation and tests. Waits for the device."""
+        batch = make_batch(plan, self._block_size)
+        return np.asarray(self._launch(batch, has_pending=False).cpu().numpy())
+
+    @property
+    def captured(self) -> frozenset[Shape]:
+        """The shapes that steps have graphs for."""
+        return self._decode.captured
+
+    def close(self) -> None:
+        """Let go of the pool's memory, the graphs and the buffers, once the device is done with them."""
+        self._queue.synchronize()
+        del self._decode, self._buffers, self._staging, self._kv, self._drawn
+
+    def _forward(self, batch: Batch, has_pending: bool) -> Tensor:
+        """Logits of the sampled rows, and the likeliest token of each in `_drawn`."""
+        num_sampled = len(batch.sampled)
+        if num_sampled > self._max_sequences:
+            raise ValueError(f"a step of {num_sampled} sequences, where {self._max_sequences} were to be the most")
+        shape = self._decode.shape_of(batch)
+        if shape is not None:
+            return self._decode.launch(shape, batch, self._staging)
+        logits = self._launch(batch, has_pending=has_pending)
+        if num_sampled:
+            torch.argmax(logits, dim=1, out=self._drawn[:num_sampled])
+        return logits
+
+    def _launch(self, batch: Batch, *, has_pending: bool) -> Tensor:
+        """Kernel by kernel."""
+        rows = [(row, self._embedding(span)) for row, span in batch.embeddings]
+        all_sampled = len(batch.sampled_rows) == batch.num_tokens and bool((np.diff(batch.sampled_rows) == 1).all())
+        arrays: dict[str, npt.NDArray[np.int64] | npt.NDArray[np.int32]] = {
+            "token_ids": batch.token_ids,
+            "positions": batch.positions,
+            "slots": batch.slots,
+            "block_tables": batch.block_tables,
+            "context_lens": batch.context_lens,
+            "sampled_rows": batch.sampled_rows,
+            **{f"table {i}": chunk.block_table for i, chunk in enumerate(batch.chunks)},
+        }
+        layout = Layout({name: (_TORCH_DTYPES[array.dtype.type], array.shape) for name, array in arrays.items()})
+        staged = self._staging.begin(layout)
+        for name, array in arrays.items():
+            staged[name][...] = array
+        sent = self._staging.send(staged)
+        inputs = Inputs(
+            token_ids=sent["token_ids"],
+            positions=sent["positions"],
+            slots=sent["slots"],
+            block_tables=sent["block_tables"],
+            context_lens=sent["context_lens"],
+            chunks=tuple(
+                ChunkInputs(chunk.start, chunk.end, chunk.context_len, sent[f"table {i}"]) for i, chunk in enumerate(batch.chunks)
+            ),
+            embeddings=tuple(rows),
+            sampled_rows=None if all_sampled else sent["sampled_rows"],
+            has_pending=has_pending,
+        )
+        self._buffers.reserve_workspace(batch.num_single)
+        return self.model.forward(inputs, self._drawn, self._kv, self._buffers)
+
+    def _embedding(self, span: EmbeddingSpan) -> Tensor:
+        """Rows on the device, where they are already unless they were encoded elsewhere."""
+        rows = span.rows if isinstance(span.rows, Tensor) else torch.from_numpy(np.ascontiguousarray(span.rows))
+        if rows.device == self.model.device:
+            return rows.to(self.model.dtype)
+        return self._staging.upload(rows, self.model.dtype)
+
+
+class _DecodeGraphs:
+    """Steps of single tokens that all draw, padded to a bucket, from graphs over memory that never moves."""
+
+    def __init__(self, model: DeviceTextModel, kv_pool: Tensor, drawn: Tensor, shapes: Shapes, queue: WorkQueue) -> None:
+        self._model, self._kv, self._drawn, self._shapes, self._queue = model, kv_pool, drawn, shapes, queue
+        self._graphs = Graphs(queue, self._work_of)
+        self._layouts: dict[Shape, Layout] = {}
+        largest = shapes.largest
+        self._inputs = torch.zeros(_decode_layout(largest).num_bytes, dtype=torch.uint8, device=model.device)
+        self._buffers = Buffers(model, largest.batch) if largest.batch else None
+
+    @property
+    def captured(self) -> frozenset[Shape]:
+        return self._graphs.captured
+
+    def shape_of(self, batch: Batch) -> Shape | None:
+        """The graph for a batch, or None where it is to be launched kernel by kernel."""
+        if len(batch.sampled) != batch.num_tokens or batch.chunks or batch.embeddings:
+            return None
+        return self._shapes.of(batch.num_tokens, batch.block_tables.shape[1])
+
+    def launch(self, shape: Shape, batch: Batch, staging: Staging) -> Tensor:
+        """Logits of the batch's rows; the likeliest token of each goes to `drawn`."""
+        self._capture(shape)  # before the inputs come: it writes to where they go
+        num_rows, num_blocks = batch.block_tables.shape
+        staged = staging.begin(self._layouts[shape])
+        for name, padding in _PADDING.items():
+            array = staged[name]
+            array[..., :num_rows] = getattr(batch, name)
+            array[..., num_rows:] = padding
+        staged["block_tables"][:num_rows, :num_blocks] = batch.block_tables  # nothing else of it is read
+        staging.send(staged, self._inputs)
+        self._graphs.launch(shape)
+        return self._buffers_of(shape).logits(num_rows)
+
+    @torch.inference_mode()
+    def capture_first(self) -> None:
+        for shape in self._shapes.at_start():
+            self._capture(shape)
+
+    def _capture(self, shape: Shape) -> None:
+        """The run that goes before a capture is one of padding alone, and what the last step drew outlasts it."""
+        if shape in self._graphs.captured:
+            return
+        self._layouts[shape] = _decode_layout(shape)
+        arrays = self._layouts[shape].tensors(self._inputs)
+        for name, padding in _PADDING.items():
+            arrays[name].fill_(padding)
+        drawn = self._drawn.clone()
+        self._graphs.capture(shape)
+        self._drawn.copy_(drawn)
+
+    def _work_of(self, shape: Shape) -> Callable[[], None]:
+        arrays = self._layouts[shape].tensors(self._inputs)
+        inputs = Inputs(
+            token_ids=arrays["token_ids"],
+            positions=arrays["positions"],
+            slots=arrays["slots"],
+            block_tables=arrays["block_tables"],
+            context_lens=arrays["context_lens"],
+        )
+        drawn, buffers = self._drawn[: shape.batch], self._buffers_of(shape)
+
+        def work() -> None:
+            torch.argmax(self._model.forward(inputs, self._drawn, self._kv, buffers), dim=1, out=drawn)
+
+        return work
+
+    def _buffers_of(self, shape: Shape) -> Buffers:
+        if self._buffers is None:
+            raise ValueError(f"there are no graphs, not for {shape} either")
+        return self._buffers
+
+
+class _Outcome(Deferred[StepOutput]):
+    """What a step drew, on its way to the host."""
+
+    def __init__(
+        self,
+        queue: WorkQueue,
+        started: Mark,
+        num_sequences: int,
+        sampled: Sequence[int],
+        requests: Sequence[SampleRequest],
+        drawn: Tensor,
+        logprobs: Logprobs | None,
+    ) -> None:
+        self._num_sequences, self._sampled, self._requests = num_sequences, sampled, requests
+        self._drawn = _fetch(queue, drawn)
+        self._logprobs = logprobs and tuple(_fetch(queue, each) for each in (logprobs.chosen, logprobs.best_ids, logprobs.best))
+        self._logprob_rows = logprobs.rows if logprobs else ()
+        self._started, self._finished = started, queue.mark()
+
+    def value(self) -> StepOutput:
+        self._finished.wait()
+        drawn = [Token(token_id) for token_id in self._drawn.tolist()]
+        if self._logprobs:
+            numbers = zip(self._logprob_rows, *(each.tolist() for each in self._logprobs), strict=True)
+            for row, chosen, best_ids, best in numbers:
+                drawn[row] = _with_logprobs(drawn[row].token_id, self._requests[row].sampling, chosen, best_ids, best)
+        tokens: list[Token | None] = [None] * self._num_sequences
+        for i, token in zip(self._sampled, drawn, strict=True):
+            tokens[i] = token
+        return StepOutput(tuple(tokens), self._finished.seconds_since(self._started))
+
+
+# The arrays of a decode step and what a row of padding has in them: it stores nothing and attends to nothing.
+_PADDING = {"token_ids": 0, "positions": 0, "slots": -1, "context_lens": 0}
+_TORCH_DTYPES = {np.int64: torch.int64, np.int32: torch.int32}
+
+
+def _decode_layout(shape: Shape) -> Layout:
+    return Layout(
+        {
+            "token_ids": (torch.int64, (shape.batch,)),
+            "positions": (torch.int32, (3, shape.batch)),
+            "slots": (torch.int64, (shape.batch,)),
+            "context_lens": (torch.int32, (shape.batch,)),
+            "block_tables": (torch.int32, (shape.batch, shape.num_blocks)),
+        }
+    )
+
+
+def _point_at_drawn(plan: StepPlan, batch: Batch, row_of: dict[RequestId, int]) -> bool:
+    """Put -1 - row for each PENDING token, where `row` is that of its request in the step before. Whether there were any."""
+    pending = np.flatnonzero(batch.token_ids == PENDING)
+    if not len(pending):
+        return False
+    singles = [sequence for sequence in plan.sequences if len(sequence.token_ids) == 1]
+    for row in pending.tolist():
+        if row >= len(singles) or singles[row].request_id not in row_of:
+            named = f"request {singles[row].request_id}" if row < len(singles) else "a chunk"
+            raise ValueError(f"{named} is to go on with a token that the last step did not draw")
+        batch.token_ids[row] = -1 - row_of[singles[row].request_id]
+    return True
+
+
+def _fetch(queue: WorkQueue, values: Tensor) -> Tensor:
+    """Host memory of its own, which the values reach before the next mark passes."""
+    host = queue.host_memory(values.numel() * values.dtype.itemsize).view(values.dtype).view(values.shape)
+    queue.copy(values, host)
+    return host
+
+
+def _with_logprobs(token_id: int, sampling: Sampling, chosen: float, best_ids: list[int], best: list[float]) -> Token:
+    pairs = zip(best_ids[: sampling.num_logprobs], best[: sampling.num_logprobs], strict=True)
+    return Token(token_id, logprob=chosen, top_logprobs=tuple(TokenLogprob(i, value) for i, value in pairs))

@@ -1,0 +1,364 @@
+"""The language model of Qwen3 and Qwen3-VL over a paged KV pool, launched on a device: device tensors in, logits out.
+
+Knows the layers and how a batch that mixes prompt chunks and single tokens goes through them. Does not know requests, host
+arrays, graphs or sampling. A forward pass reads no value of the device and waits for nothing; for a batch of single tokens alone
+it launches the same kernels whatever the values are, so that it can be captured in a graph.
+
+The same tokens. A row's logits are those of the same sum in another order when the batch has another number of rows: the library
+behind the matrix products chooses its algorithm by shape. They agree within what the dtype justifies and not to the last bit, so
+two tokens whose logits lie closer together than that may change places between batches; a batch of the same shape gives the same
+bits. That is less than the CPU model promises. Logits are float32 also of bfloat16 weights, without rounding of the sum, so that
+it seldom matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from epd.model.config import ModelConfig, TextConfig
+from epd.model.rope import rope_frequencies
+from epd.model.shapes import text_prefix
+from gpu.cuda.kernels import Geometry, Kernels
+
+
+class TensorSource(Protocol):
+    """Where weights come from."""
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def joined(self, names: Sequence[str]) -> Tensor | None:
+        """The tensors one below the other, or None where the caller is to join them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkInputs:
+    """One sequence's rows [start, end) of a batch, of which `context_len` tokens have KV once the rows' own is stored."""
+
+    start: int
+    end: int
+    context_len: int
+    block_table: Tensor  # int32 [>= blocks of context_len]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A batch on the device: rows of sequences with one new token first, then the rows of each chunk."""
+
+    token_ids: Tensor  # int64 [T]; -1 - i is what was drawn as number i in the step before
+    positions: Tensor  # int32 [3, T]
+    slots: Tensor  # int64 [T]; -1 for a row of padding
+    block_tables: Tensor  # int32 [S, max_blocks] of the first S rows
+    context_lens: Tensor  # int32 [S]; 0 for a row of padding
+    chunks: tuple[ChunkInputs, ...] = ()
+    embeddings: tuple[tuple[int, Tensor], ...] = ()  # first row, [n, (1 + num_deepstack) * hidden]
+    sampled_rows: Tensor | None = None  # int64 [num_sampled]; None: all rows, in order
+    has_pending: bool = True  # whether a token id may be below zero
+
+    @property
+    def num_sampled(self) -> int:
+        return len(self.token_ids if self.sampled_rows is None else self.sampled_rows)
+
+
+class DeviceTextModel:
+    """Immutable after construction: runners may share one."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: TensorSource,
+        kernels: Kernels,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        """Weights that are not on `device` in `dtype` yet are brought there."""
+        text, prefix = config.text, text_prefix(config)
+        source = _Source(weights, torch.device(device), dtype)
+        self.config = text
+        self.num_deepstack = config.num_deepstack
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.kernels = kernels
+        self._embed = source.tensor(f"{prefix}embed_tokens.weight")
+        self._norm = source.tensor(f"{prefix}norm.weight")
+        self._head = self._embed if text.tie_word_embeddings else source.tensor("lm_head.weight")
+        self._layers = [_Layer(text, source, f"{prefix}layers.{i}.") for i in range(text.num_layers)]
+        frequencies, axes = rope_frequencies(text)
+        self._frequencies, self._axes = torch.from_numpy(frequencies).to(device), torch.from_numpy(axes).to(device)
+        self._scale = text.head_dim**-0.5
+
+    def geometry(self, block_size: int) -> Geometry:
+        """What kernels are to be compiled for."""
+        text = self.config
+        return Geometry(
+            dtype=self.dtype,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_heads=text.num_heads,
+            num_kv_heads=text.num_kv_heads,
+            head_dim=text.head_dim,
+            block_size=block_size,
+        )
+
+    @torch.inference_mode()
+    def forward(self, inputs: Inputs, drawn: Tensor, kv_pool: Tensor, buffers: Buffers) -> Tensor:
+        """Logits float32 [num_sampled, vocab_size], valid until the next call with these buffers.
+
+        drawn: int64 [>= number of tokens that the step before drew]. kv_pool: [num_blocks, num_layers, 2, num_kv_heads,
+        block_size, head_dim], which gets the KV of all tokens.
+        """
+        rows, kernels, eps = buffers.rows(len(inputs.token_ids)), self.kernels, self.config.rms_norm_eps
+        self._begin(inputs, drawn, rows)
+        last = len(self._layers) - 1
+        kernels.rms_norm(rows.x, self._layers[0].input_norm, eps, rows.normed)
+        for i, layer in enumerate(self._layers):
+            layer.qkv(rows.normed, rows.qkv)
+            kernels.rope_store(
+                rows.qkv, layer.q_norm, layer.k_norm, eps, rows.cosine, rows.sine, kv_pool, i, inputs.slots, rows.q
+            )
+            if i == last:
+                break
+            self._attend(inputs, i, kv_pool, rows, buffers.workspace)
+            self._feed_forward(layer, rows)
+            following = self._layers[i + 1].input_norm
+            if i < self.num_deepstack and inputs.embeddings:
+                rows.x.add_(rows.delta)
+                self._add_deepstack(inputs, i, rows.x)
+                kernels.rms_norm(rows.x, following, eps, rows.normed)
+            else:
+                kernels.add_rms_norm(rows.delta, rows.x, following, eps, rows.normed)
+        return self._finish(inputs, kv_pool, buffers, rows)
+
+    def _begin(self, inputs: Inputs, drawn: Tensor, rows: Rows) -> None:
+        """Embeddings of the tokens and images into x, and the rotations of their positions."""
+        token_ids, width = inputs.token_ids, self.config.hidden_size
+        if inputs.has_pending:
+            known = drawn.index_select(0, token_ids.bitwise_not().clamp_(min=0))  # -1 - i is the complement of i
+            token_ids = torch.where(token_ids < 0, known, token_ids)
+        torch.index_select(self._embed, 0, token_ids, out=rows.x)
+        for row, embedding in inputs.embeddings:
+            rows.x[row : row + len(embedding)] = embedding[:, :width]
+        positions = inputs.positions.index_select(0, self._axes).t()  # [T, pairs]
+        torch.mul(positions, self._frequencies, out=rows.cosine)
+        torch.sin(rows.cosine, out=rows.sine)
+        rows.cosine.cos_()
+
+    def _attend(self, inputs: Inputs, layer: int, kv_pool: Tensor, rows: Rows, workspace: Tensor) -> None:
+        if count := len(inputs.context_lens):
+            q, out = rows.q[:count], rows.attended_heads[:count]
+            self.kernels.paged_attention(q, kv_pool, layer, inputs.block_tables, inputs.context_lens, self._scale, out, workspace)
+        for chunk in inputs.chunks:
+            q, out = rows.q[chunk.start : chunk.end], rows.attended_heads[chunk.start : chunk.end]
+            self.kernels.chunk_attention(q, kv_pool, layer, chunk.block_table, chunk.context_len, self._scale, out)
+
+    def _feed_forward(self, layer: _Layer, rows: Rows) -> None:
+        """From attended heads to the layer's end: x gains the attention's output, `delta` holds what x is still to gain."""
+        layer.output(rows.attended, rows.delta)
+        self.kernels.add_rms_norm(rows.delta, rows.x, layer.post_norm, self.config.rms_norm_eps, rows.normed)
+        layer.gate_up(rows.normed, rows.gate_up)
+        self.kernels.silu_mul(rows.gate_up, rows.inner)
+        layer.down(rows.inner, rows.delta)
+
+    def _finish(self, inputs: Inputs, kv_pool: Tensor, buffers: Buffers, rows: Rows) -> Tensor:
+        """The last layer, its KV stored. Only rows that sample matter from here on; a chunk amid a prompt has none."""
+        logits = buffers.logits(inputs.num_sampled)
+        if not inputs.num_sampled:
+            return logits
+        last = len(self._layers) - 1
+        self._attend(inputs, last, kv_pool, rows, buffers.workspace)
+        deepstack = self._last_deepstack(inputs, rows)
+        chosen = rows
+        if inputs.sampled_rows is not None:
+            chosen = buffers.sampled_rows(inputs.num_sampled)
+            torch.index_select(rows.x, 0, inputs.sampled_rows, out=chosen.x)
+            torch.index_select(rows.attended, 0, inputs.sampled_rows, out=chosen.attended)
+        self._feed_forward(self._layers[last], chosen)
+        if deepstack is not None:
+            chosen.x.add_(deepstack)
+        self.kernels.add_rms_norm(chosen.delta, chosen.x, self._norm, self.config.rms_norm_eps, chosen.normed)
+        _project(chosen.normed, self._head, logits)
+        return logits
+
+    def _last_deepstack(self, inputs: Inputs, rows: Rows) -> Tensor | None:
+        """What the sampled rows gain after the last layer; None where nothing is added so late, as in any real model."""
+        last = len(self._layers) - 1
+        if last >= self.num_deepstack or not inputs.embeddings:
+            return None
+        gained = torch.zeros_like(rows.x)
+        self._add_deepstack(inputs, last, gained)
+        return gained if inputs.sampled_rows is None else gained.index_select(0, inputs.sampled_rows)
+
+    def _add_deepstack(self, inputs: Inputs, layer: int, x: Tensor) -> None:
+        width = self.config.hidden_size
+        for row, embedding in inputs.embeddings:
+            x[row : row + len(embedding)] += embedding[:, (layer + 1) * width : (layer + 2) * width]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The working memory of a step with so many rows."""
+
+    x: Tensor  # [n, hidden]
+    normed: Tensor  # [n, hidden]
+    delta: Tensor  # [n, hidden]
+    cosine: Tensor  # float32 [n, head_dim / 2]
+    sine: Tensor  # float32 [n, head_dim / 2]
+    # These three share memory with the two below: attention is over when the feed-forward begins.
+    qkv: Tensor  # [n, (heads + 2 * kv_heads) * head_dim]
+    q: Tensor  # [n, heads, head_dim]
+    attended: Tensor  # [n, heads * head_dim]
+    gate_up: Tensor  # [n, 2 * intermediate]
+    inner: Tensor  # [n, intermediate]
+
+    @property
+    def attended_heads(self) -> Tensor:
+        return self.attended.view(self.q.shape)
+
+
+class Buffers:
+    """The working memory of one runner. It grows to the largest step seen, unless `max_rows` says how large that will be.
+
+    With `max_rows` it never moves, so that a graph can be captured that writes to it.
+    """
+
+    _KEPT = 64  # steps of up to this many rows have their views kept
+
+    def __init__(self, model: DeviceTextModel, max_rows: int = 0, *, attends: bool = True) -> None:
+        """`attends`: False for memory of rows that attention has been over for."""
+        text = model.config
+        self._config, self._dtype, self._device, self._model = text, model.dtype, model.device, model
+        heads, kv_heads = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+        self._attention = {"qkv": heads + 2 * kv_heads, "q": heads, "attended": heads} if attends else {"attended": heads}
+        self._feed_forward = {"gate_up": 2 * text.intermediate_size, "inner": text.intermediate_size}
+        self._is_fixed = max_rows > 0
+        self._capacity = self._num_workspace_rows = 0
+        self._rows: dict[int, Rows] = {}
+        self._sampled: Buffers | None = None
+        self._logits = torch.empty(0, text.vocab_size, device=model.device)
+        self.workspace = torch.empty(0, device=model.device)
+        if max_rows:
+            self._grow(max_rows)
+            self._logits = torch.empty(max_rows, text.vocab_size, device=model.device)
+            self.reserve_workspace(max_rows)
+
+    def rows(self, num_rows: int) -> Rows:
+        """Raises ValueError for more than `max_rows` where that is given."""
+        if num_rows > self._capacity:
+            if self._is_fixed:
+                raise ValueError(f"a step of {num_rows} rows in memory for {self._capacity}")
+            self._grow(max(num_rows, min(2 * self._capacity, 1024)))
+        rows = self._rows.get(num_rows)
+        if rows is None:
+            rows = self._views(num_rows)
+            if num_rows <= self._KEPT:
+                self._rows[num_rows] = rows
+        return rows
+
+    def sampled_rows(self, num_rows: int) -> Rows:
+        """Other memory than that of `rows`, for the rows that are left when only some are sampled."""
+        if self._sampled is None:
+            self._sampled = Buffers(self._model, attends=False)
+        return self._sampled.rows(num_rows)
+
+    def logits(self, num_rows: int) -> Tensor:
+        """float32 [num_rows, vocab_size]"""
+        if len(self._logits) < num_rows:
+            self._logits = torch.empty(num_rows, self._config.vocab_size, device=self._device)
+        return self._logits[:num_rows]
+
+    def reserve_workspace(self, num_sequences: int) -> None:
+        """Make `workspace` large enough for paged attention of so many sequences."""
+        if num_sequences > self._num_workspace_rows:
+            text = self._config
+            num_floats = self._model.kernels.workspace_floats(num_sequences, text.num_heads, text.num_kv_heads, text.head_dim)
+            self.workspace = torch.empty(num_floats, device=self._device)
+            self._num_workspace_rows = num_sequences
+
+    def _grow(self, num_rows: int) -> None:
+        width, pairs = self._config.hidden_size, self._config.head_dim // 2
+        shared = max(sum(self._attention.values()), sum(self._feed_forward.values()))
+        self._rows.clear()
+        self._capacity = num_rows
+        self._hidden = torch.empty(3, num_rows, width, dtype=self._dtype, device=self._device)
+        self._angles = torch.empty(2, num_rows, pairs, device=self._device)
+        self._shared = torch.empty(num_rows * shared, dtype=self._dtype, device=self._device)
+
+    def _views(self, n: int) -> Rows:
+        x, normed, delta = (each[:n] for each in self._hidden)
+        cosine, sine = (each[:n] for each in self._angles)
+        attention, feed_forward = self._cut(n, self._attention), self._cut(n, self._feed_forward)
+        nothing = self._shared[:0]
+        text = self._config
+        return Rows(
+            x=x,
+            normed=normed,
+            delta=delta,
+            cosine=cosine,
+            sine=sine,
+            qkv=attention.get("qkv", nothing),
+            q=attention["q"].view(n, text.num_heads, text.head_dim) if "q" in attention else nothing,
+            attended=attention["attended"],
+            **feed_forward,
+        )
+
+    def _cut(self, n: int, widths: dict[str, int]) -> dict[str, Tensor]:
+        parts = torch.split(self._shared[: n * sum(widths.values())], [n * width for width in widths.values()])
+        return {name: part.view(n, width) for (name, width), part in zip(widths.items(), parts, strict=True)}
+
+
+class _Layer:
+    def __init__(self, config: TextConfig, source: _Source, prefix: str) -> None:
+        self.input_norm = source.tensor(f"{prefix}input_layernorm.weight")
+        self.post_norm = source.tensor(f"{prefix}post_attention_layernorm.weight")
+        self.q_norm = source.tensor(f"{prefix}self_attn.q_norm.weight")
+        self.k_norm = source.tensor(f"{prefix}self_attn.k_norm.weight")
+        attention, has_bias = f"{prefix}self_attn.", config.attention_bias
+        self.qkv = _Linear(source, [f"{attention}{name}_proj" for name in "qkv"], bias=has_bias)
+        self.output = _Linear(source, [f"{attention}o_proj"], bias=has_bias)
+        self.gate_up = _Linear(source, [f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"])
+        self.down = _Linear(source, [f"{prefix}mlp.down_proj"])
+
+
+class _Linear:
+    """x @ weight.T + bias of the weights named, side by side: their outputs follow each other in a row."""
+
+    def __init__(self, source: _Source, names: Sequence[str], *, bias: bool = False) -> None:
+        self._weight = source.joined([f"{name}.weight" for name in names]).t()
+        self._bias = torch.cat([source.tensor(f"{name}.bias") for name in names]) if bias else None
+
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        """x [n, in] -> out [n, out]"""
+        if self._bias is None:
+            torch.mm(x, self._weight, out=out)
+        else:
+            torch.addmm(self._bias, x, self._weight, out=out)
+
+
+class _Source:
+    """Weights on one device in one dtype, where they are already if whoever loaded them knew."""
+
+    def __init__(self, weights: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
+        self._weights, self._device, self._dtype = weights, device, dtype
+
+    def tensor(self, name: str) -> Tensor:
+        return self._weights.tensor(name).to(self._device, self._dtype)
+
+    def joined(self, names: Sequence[str]) -> Tensor:
+        joined = self._weights.joined(names)
+        if joined is None:
+            return torch.cat([self.tensor(name) for name in names])
+        return joined.to(self._device, self._dtype)
+
+
+def _project(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = x @ weight.T in float32, of factors in any dtype, the sum not rounded to theirs."""
+    if x.dtype == torch.float32:
+        torch.mm(x, weight.t(), out=out)
+    elif x.is_cuda:
+        torch.mm(x, weight.t(), torch.float32, out=out)
+    else:
+        torch.mm(x.float(), weight.float().t(), out=out)
