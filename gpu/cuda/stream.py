@@ -32,7 +32,7 @@ class CudaStream:
     """Owned by whoever opened it, who closes it.
 
     `priority` is as a host stream's: 0 first, 19 last, spread over the few priorities that the device has (six, as a rule).
-    Waiting kernels of a stream that goes first begin before those of others; what runs is not stopped, and copies are not ordered.
+    Waiting kernels of a stream that goes first begin before those of others; what runs is not stopped, copies are not ordered.
     """
 
     def __init__(self, driver: Driver, name: str, *, priority: int = 0) -> None:
