@@ -1,6 +1,6 @@
 """How a figure is spread: counts per bucket, cheap enough for every token and small enough for every load report.
 
-Owns: the buckets of each figure that stages report. Does not know: Prometheus, messages, time.
+Owns: the buckets of each figure that stages report. Does not know: Prometheus, time, whose figures these are.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
+
+from protocol.messages import Spread
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 TRANSFER_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, *SECONDS[:12])
@@ -48,6 +50,23 @@ class Distribution:
     @property
     def num_values(self) -> int:
         return sum(self.counts)
+
+
+class Spreads:
+    """What one stage reports: a distribution per figure and label, from its first value on."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], Distribution] = {}
+
+    def observe(self, figure: str, value: float, label: str = "") -> None:
+        known = self._known.get((figure, label))
+        if known is None:
+            known = self._known[figure, label] = Distribution(STAGE_FIGURES[figure])
+        known.observe(value)
+
+    def parts(self) -> tuple[Spread, ...]:
+        """For a load report."""
+        return tuple(Spread(figure, tuple(known.counts), known.total, label) for (figure, label), known in self._known.items())
 
 
 def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:

@@ -11,12 +11,24 @@ from abc import abstractmethod
 from typing import ClassVar
 
 from epd.clock import Clock
+from epd.distribution import Spreads
 from epd.errors import InternalError, Unavailable
 from epd.log import Log
 from epd.microkernel.actor import Actor, Mail
-from protocol.messages import LinkLoad, StageLoad
+from protocol.messages import LinkLoad, Span, StageLoad
 
 SWEEP_S = 0.5
+_FIGURES = {
+    "encode queue": "queue_seconds",
+    "preprocess": "preprocess_seconds",
+    "encode": "encode_seconds",
+    "prefill queue": "queue_seconds",
+    "prefill": "prefill_seconds",
+    "decode reserve": "queue_seconds",
+    "transfer": "kv_receive_seconds",
+    "decode": "decode_seconds",
+}
+"""What the spans that stages report are counted as."""
 
 
 class StageActor(Actor):
@@ -29,6 +41,8 @@ class StageActor(Actor):
         self.clock = clock
         self.busy_s = 0.0
         self.num_steps = 0
+        self.num_tokens = 0
+        self.spread = Spreads()
         self.is_draining = False
         self.is_clean = True
         self._wake = asyncio.Event()
@@ -48,6 +62,23 @@ class StageActor(Actor):
         while not self.is_idle():
             self._went_idle.clear()
             await self._went_idle.wait()
+
+    def stepped(self, started: float, num_tokens: int) -> None:
+        """Count a step that began at `started` and ends now."""
+        elapsed_s = self.clock() - started
+        self.busy_s += elapsed_s
+        self.num_steps += 1
+        self.num_tokens += num_tokens
+        self.spread.observe("step_seconds", elapsed_s)
+        self.spread.observe("step_tokens", num_tokens)
+
+    def counted(self, spans: tuple[Span, ...]) -> tuple[Span, ...]:
+        """The spans of a request that are about to be reported, counted among all requests'."""
+        for span in spans:
+            figure = _FIGURES.get(span.name)
+            if figure is not None:
+                self.spread.observe(figure, span.end_s - span.start_s)
+        return spans
 
     def refuse_if_draining(self) -> None:
         if self.is_draining:

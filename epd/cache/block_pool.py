@@ -35,6 +35,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.cache_queries = 0  # blocks asked for by lookup()
         self.cache_hits = 0  # of these, found
+        self.num_evictions = 0  # blocks whose published content gave way to other content
         self._refs = [0] * num_blocks
         self._hashes: list[int | None] = [None] * num_blocks
         self._cached: dict[int, int] = {}  # hash -> block id
@@ -65,7 +66,10 @@ class BlockPool:
             return None
         taken: list[int] = []
         for _ in range(num_blocks):
-            block_id = self._free.pop() if self._free else self._evict()
+            if not self._free:
+                self._free.append(self._evict())
+                self.num_evictions += 1
+            block_id = self._free.pop()
             self._refs[block_id] = 1
             taken.append(block_id)
         return taken

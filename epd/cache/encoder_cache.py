@@ -33,6 +33,7 @@ class EncoderCache:
     def __init__(self, pool: BlockPool, *, block_rows: int) -> None:
         self.cache_queries = 0  # calls of get()
         self.cache_hits = 0
+        self.num_evictions = 0  # blocks of embeddings that gave way to others
         self._pool = pool
         self._block_rows = block_rows
         self._pending: dict[str, tuple[int, tuple[int, ...]]] = {}  # mm_hash -> num_tokens, blocks
@@ -98,7 +99,7 @@ class EncoderCache:
         if num_blocks > self.num_free_blocks:
             return None
         while self._pool.num_free < num_blocks:
-            self._evict(next(iter(self._unleased)))
+            self.num_evictions += self._evict(next(iter(self._unleased)))
         taken = self._pool.allocate(num_blocks)
         if taken is None:
             raise InternalError("the embedding pool miscounted its free blocks")
@@ -222,8 +223,9 @@ class EncoderCache:
         self._unleased[embedding.mm_hash] = None
         self._num_unleased_blocks += len(embedding.block_ids)
 
-    def _evict(self, mm_hash: str) -> None:
+    def _evict(self, mm_hash: str) -> int:
         del self._unleased[mm_hash]
         embedding = self._ready.pop(mm_hash)
         self._num_unleased_blocks -= len(embedding.block_ids)
         self._pool.free(embedding.block_ids)
+        return len(embedding.block_ids)

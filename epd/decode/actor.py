@@ -174,8 +174,7 @@ class DecodeActor(StageActor):
         except Exception as error:
             self._fail_step(plan, error)
             return True
-        self.busy_s += self.clock() - started
-        self.num_steps += 1
+        self.stepped(started, step_plan.num_tokens)
         for booked in self._scheduler.commit(plan, output.tokens):
             self._tell(booked)
         self._outbox.flush()
@@ -191,7 +190,8 @@ class DecodeActor(StageActor):
     def _finish(self, entry: Entry) -> None:
         request = entry.request
         self._forget(entry)
-        entry.reply.send(Finished(request.request_id, request.epoch, request.num_output_tokens, spans=entry.spans(self.clock())))
+        spans = self.counted(entry.spans(self.clock()))
+        entry.reply.send(Finished(request.request_id, request.epoch, request.num_output_tokens, spans=spans))
 
     def _give_way(self, entry: Entry) -> None:
         request = entry.request
@@ -274,6 +274,10 @@ class DecodeActor(StageActor):
             is_idle_clean=self.is_clean,
             busy_s=self.busy_s,
             num_steps=self.num_steps,
+            num_tokens=self.num_tokens,
+            num_evictions=self._blocks.num_evictions,
+            transfer_failures=self._receiver.failures(),
+            spreads=(*self.spread.parts(), *self._receiver.spreads()),
         )
 
     def links(self) -> list[LinkLoad]:

@@ -121,8 +121,7 @@ class EncodeActor(StageActor):
             self._log.error("an encode step failed", error=error, num_images=len(batch))
             stored = (error,) * len(batch)
         now = self.clock()
-        self.busy_s += now - started
-        self.num_steps += 1
+        self.stepped(started, sum(job.item.num_tokens for job in batch))
         for job, checksums in zip(batch, stored, strict=True):
             self._images.pop(job.mm_hash, None)
             waiters = self._batcher.finish(job.mm_hash)
@@ -148,7 +147,7 @@ class EncodeActor(StageActor):
                     Span("encode", started - asked, now - asked),
                 )
                 if not reply.cancelled:
-                    reply.send(self._encoded(waiter.request_id, waiter.epoch, embedding, spans, cached=False))
+                    reply.send(self._encoded(waiter.request_id, waiter.epoch, embedding, self.counted(spans), cached=False))
 
     def _encoded(
         self, request_id: RequestId, epoch: int, embedding: Embedding, spans: tuple[Span, ...], *, cached: bool
@@ -228,6 +227,9 @@ class EncodeActor(StageActor):
             is_idle_clean=self.is_clean,
             busy_s=self.busy_s,
             num_steps=self.num_steps,
+            num_tokens=self.num_tokens,
+            num_evictions=self._cache.num_evictions,
+            spreads=self.spread.parts(),
         )
 
     def links(self) -> list[LinkLoad]:

@@ -201,8 +201,7 @@ class PrefillActor(StageActor):
         except Exception as error:
             self._fail_step(plan, error)
             return True
-        self.busy_s += self.clock() - started
-        self.num_steps += 1
+        self.stepped(started, step_plan.num_tokens)
         self._commit(plan, output, started)
         return True
 
@@ -241,7 +240,10 @@ class PrefillActor(StageActor):
     def _finish(self, entry: Entry, token: Token, now: float) -> None:
         request = entry.request
         entry.token, entry.finished_at = token, now
-        entry.reply.send(Prefilled(request.request_id, request.epoch, token, request.num_cached_tokens, spans=entry.spans(now)))
+        spans = self.counted(entry.spans(now))
+        if request.items:
+            self.spread.observe("embedding_wait_seconds", entry.embedding_wait_s)
+        entry.reply.send(Prefilled(request.request_id, request.epoch, token, request.num_cached_tokens, spans=spans))
         if entry.hand_over is not None:
             entry.hand_over.end(token)
         elif token.finish_reason:
@@ -320,6 +322,10 @@ class PrefillActor(StageActor):
             is_idle_clean=self.is_clean,
             busy_s=self.busy_s,
             num_steps=self.num_steps,
+            num_tokens=self.num_tokens,
+            num_evictions=self._blocks.num_evictions,
+            transfer_failures=self._receiver.failures(),
+            spreads=(*self.spread.parts(), *self._receiver.spreads()),
         )
 
     def links(self) -> list[LinkLoad]:

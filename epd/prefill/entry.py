@@ -25,6 +25,8 @@ class Entry:
     finished_at: float | None = None
     embeddings_at: list[float] = field(default_factory=list)  # when each arrived
     chunks_at: list[tuple[float, float]] = field(default_factory=list)  # of the first steps, from start to end
+    embedding_wait_s: float = 0.0  # in which there was nothing to compute for want of an embedding
+    last_chunk_at: float = 0.0  # its end
 
     def add_finished(self, blocks: FinishedBlocks) -> None:
         self.finished.append(blocks)
@@ -32,9 +34,14 @@ class Entry:
             self.hand_over.add(blocks)
 
     def note_embedding(self, now: float) -> None:
+        """An embedding is here; told before the scheduler is."""
+        request = self.request
+        if not request.is_runnable and not request.num_steps_in_flight:
+            self.embedding_wait_s += now - max(request.arrived_at, self.last_chunk_at, *self.embeddings_at[-1:])
         self.embeddings_at.append(now)
 
     def note_chunk(self, started: float, now: float) -> None:
+        self.last_chunk_at = now
         if len(self.chunks_at) < _MAX_CHUNKS:
             self.chunks_at.append((started, now))
 

@@ -6,11 +6,13 @@ Owns: the mappings of other workers' pools and the figures of each link. Does no
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from epd.clock import Clock
-from epd.errors import CorruptTransfer, InternalError, StaleHandle
+from epd.distribution import Spreads
+from epd.errors import CorruptTransfer, EpdError, InternalError, StaleHandle
 from epd.log import Log
 from epd.microkernel.system import System
 from epd.stream import on_stream
@@ -28,6 +30,7 @@ from protocol.messages import (
     LinkLoad,
     PoolDescribed,
     PoolRef,
+    Spread,
     WorkerId,
 )
 
@@ -69,6 +72,8 @@ class Receiver:
         self._sources: dict[tuple[WorkerId, str], _Source] = {}
         self._describing: dict[tuple[WorkerId, str], asyncio.Lock] = {}
         self._figures: dict[WorkerId, _LinkFigures] = {}
+        self._failures: Counter[str] = Counter()  # by wire code
+        self._spread = Spreads()
         self._watched: dict[WorkerId, Callable[[], None]] = {}
 
     async def pull(self, ref: Ref, source: Endpoint, dst: Destination, dst_ids: Sequence[int]) -> None:
@@ -80,6 +85,14 @@ class Receiver:
             PeerLost, DeadlineExceeded: the worker went away meanwhile.
         """
         started = self._clock()
+        try:
+            rung = await self._pull(ref, source, dst, dst_ids)
+        except EpdError as error:
+            self._failures[error.code] += 1
+            raise
+        self._count(source.worker, rung, len(dst_ids) * dst.block_bytes, started)
+
+    async def _pull(self, ref: Ref, source: Endpoint, dst: Destination, dst_ids: Sequence[int]) -> Rung:
         local = self._local.get(ref.generation)
         if local is not None:
             rung = Rung.LOCAL
@@ -93,7 +106,7 @@ class Receiver:
                 await self._read_mapped(known, known.mapped, ref, dst, dst_ids)
             else:
                 await self._fetch(ref, known.pool, dst, dst_ids)
-        self._count(source.worker, rung, len(dst_ids) * dst.block_bytes, started)
+        return rung
 
     def is_local(self, ref: Ref) -> bool:
         """Whether the handle points into a pool of this process."""
@@ -108,6 +121,14 @@ class Receiver:
             LinkLoad(worker, figures.rung, figures.num_transfers, figures.num_bytes, figures.transfer_s)
             for worker, figures in self._figures.items()
         ]
+
+    def failures(self) -> tuple[tuple[str, int], ...]:
+        """How many pulls brought nothing, by wire code."""
+        return tuple(self._failures.items())
+
+    def spreads(self) -> tuple[Spread, ...]:
+        """How long pulls take, by rung."""
+        return self._spread.parts()
 
     def close(self) -> None:
         for unwatch in self._watched.values():
@@ -208,7 +229,9 @@ class Receiver:
         figures.rung = rung
         figures.num_transfers += 1
         figures.num_bytes += num_bytes
-        figures.transfer_s += self._clock() - started
+        elapsed_s = self._clock() - started
+        figures.transfer_s += elapsed_s
+        self._spread.observe("transfer_seconds", elapsed_s, rung)
 
 
 def _actor_of(ref: Ref) -> str:

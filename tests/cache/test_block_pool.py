@@ -37,6 +37,18 @@ def test_a_pool_gives_each_block_once() -> None:
     pool.check_integrity([second])
 
 
+def test_only_cached_content_that_gives_way_to_other_content_was_evicted() -> None:
+    pool = BlockPool(3)
+    pool.free(filled(pool, 1, 2))
+    assert pool.allocate(1) == [2]
+    assert pool.num_evictions == 0
+    assert pool.allocate(1) == [1]
+    assert pool.num_evictions == 1
+    pool.drop_cached()
+    assert pool.allocate(1) == [0]
+    assert pool.num_evictions == 1
+
+
 def test_asking_for_too_much_takes_nothing() -> None:
     pool = BlockPool(3)
     filled(pool, 7)

@@ -59,6 +59,7 @@ def test_only_as_much_is_evicted_as_is_needed_and_the_longest_unused_first() -> 
         encoded(cache, mm_hash, 1)
     cache.get("a")
     encoded(cache, "d", 2)
+    assert cache.num_evictions == 1
     assert cache.get("b") is None
     assert cache.get("a") is not None
     assert cache.get("c") is not None
