@@ -85,9 +85,11 @@ class HostStream:
                 future.set_exception(StreamClosed(f"stream {self.name} was closed before this ran"))
                 continue
             try:
-                value = call()
-                future.set_result(value.value() if isinstance(value, Deferred) else value)
-                del value
+                self._settle(future, call())
             except BaseException as error:
                 future.set_exception(error)
             del work, future, call  # hold nothing while waiting for more
+
+    def _settle(self, future: Future[Any], value: Any) -> None:
+        """Here a call's work is done when it returns."""
+        future.set_result(value.value() if isinstance(value, Deferred) else value)

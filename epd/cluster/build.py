@@ -6,37 +6,33 @@ loaded to a running system. Prefill and decode of one process share one weight c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from epd.cache.block_pool import BlockPool
 from epd.cache.encoder_cache import EncoderCache
 from epd.clock import Clock
-from epd.cluster.sizes import EMBEDDING_BLOCK_ROWS, DeviceMemory, Sizes, decide
+from epd.cluster.sizes import EMBEDDING_BLOCK_ROWS, Sizes, budget_lines
+from epd.cluster.stack import Report, Stack, open_stack
 from epd.config import ServeConfig
 from epd.decode.actor import DecodeActor
 from epd.decode.scheduler import DecodeConfig, DecodeScheduler
 from epd.encode.actor import EncodeActor
 from epd.encode.batcher import EncodeBatcher
+from epd.errors import BadConfig
 from epd.microkernel.system import System
 from epd.model.config import ModelConfig
 from epd.prefill.actor import PrefillActor
 from epd.prefill.embeddings import EmbeddingFetcher
 from epd.prefill.scheduler import PrefillConfig, PrefillScheduler
 from epd.stage import StageActor
+from epd.step import TextRunner, VisionRunner
 from epd.transfer.receiver import Receiver
 from epd.transfer.sender import Sender
-from gpu.backend import Backend, open_backend
+from gpu.errors import OutOfMemory
 from gpu.pool import Pool, PoolSpec
 
-if TYPE_CHECKING:  # a gateway process imports this module and must not import torch
-    from epd.model.runner import VisionModelRunner
-    from epd.model.text import TextModel
-
 MAX_IMAGES_PER_STEP = 64
-Report = Callable[[str], None]
 
 
 @dataclass(slots=True)
@@ -46,9 +42,9 @@ class StageParts:
     config: ServeConfig
     model: ModelConfig
     sizes: Sizes
-    backend: Backend
-    text_model: TextModel | None = None
-    vision_runner: VisionModelRunner | None = None
+    stack: Stack
+    vision_runner: VisionRunner | None = None
+    text_runners: dict[str, TextRunner] = field(default_factory=dict)  # by stage
     kv_memory: Pool | None = None
     embedding_memory: Pool | None = None
     local_pools: list[Pool] = field(default_factory=list)
@@ -73,7 +69,7 @@ class StageParts:
         assert self.embedding_memory is not None
         assert self.vision_runner is not None
         engine = self.config.engine
-        reads = self.backend.open_stream("encode reads")
+        reads = self.stack.backend.open_stream("encode reads")
         cache = EncoderCache(BlockPool(self.sizes.num_embedding_blocks), block_rows=EMBEDDING_BLOCK_ROWS)
         return EncodeActor(
             batcher=EncodeBatcher(max_patches=engine.max_patches, max_images=MAX_IMAGES_PER_STEP),
@@ -81,8 +77,8 @@ class StageParts:
             memory=self.embedding_memory,
             sender=Sender(system.endpoint.worker, "embedding", self.embedding_memory, cache, reads, clock),
             runner=self.vision_runner,
-            stream=self.backend.open_stream("encode"),
-            preprocess_stream=self.backend.open_stream("preprocess"),
+            stream=self.stack.backend.open_stream("encode"),
+            preprocess_stream=self.stack.backend.open_stream("preprocess"),
             lease_s=engine.lease_s,
             clock=clock,
         )
@@ -90,13 +86,10 @@ class StageParts:
     def _prefill(
         self, system: System, clock: Clock, blocks: BlockPool, decode: DecodeScheduler | None, local: list[Pool]
     ) -> PrefillActor:
-        from epd.model.runner import TextModelRunner
-
         assert self.kv_memory is not None
-        assert self.text_model is not None
         engine = self.config.engine
         receiver = self._receiver(system, "prefill transfer", local, clock)
-        reads = self.backend.open_stream("prefill reads")  # checksums, and blocks for sockets
+        reads = self.stack.backend.open_stream("prefill reads")  # checksums, and blocks for sockets
         scheduler = PrefillScheduler(
             PrefillConfig(
                 block_size=engine.block_size,
@@ -117,15 +110,13 @@ class StageParts:
             fetcher=EmbeddingFetcher(
                 system,
                 receiver,
-                allocate=lambda num: self.backend.allocate_scratch(num, self.sizes.embedding_block_bytes),
+                allocate=lambda num: self.stack.backend.allocate_scratch(num, self.sizes.embedding_block_bytes),
                 block_rows=EMBEDDING_BLOCK_ROWS,
-                width=self.model.embedding_width,
-                layout=self.model.embedding_layout(self.backend.block_format),
+                width=self.stack.embedding_width,
+                layout=self.model.embedding_layout(self.stack.backend.block_format),
             ),
-            runner=TextModelRunner(
-                self.model, self.text_model, self.backend, self.kv_memory, engine.block_size, self.config.num_threads
-            ),
-            stream=self.backend.open_stream("prefill"),
+            runner=self.text_runners["prefill"],
+            stream=self.stack.backend.open_stream("prefill"),
             checksum_stream=reads,
             merge_size=self._merge_size,
             lease_s=engine.lease_s,
@@ -148,20 +139,15 @@ class StageParts:
     def _decode(
         self, system: System, clock: Clock, blocks: BlockPool, scheduler: DecodeScheduler, local: list[Pool], *, shares_pool: bool
     ) -> DecodeActor:
-        from epd.model.runner import TextModelRunner
-
         assert self.kv_memory is not None
-        assert self.text_model is not None
         engine = self.config.engine
         return DecodeActor(
             scheduler=scheduler,
             blocks=blocks,
             memory=self.kv_memory,
             receiver=self._receiver(system, "decode transfer", local, clock),
-            runner=TextModelRunner(
-                self.model, self.text_model, self.backend, self.kv_memory, engine.block_size, self.config.num_threads
-            ),
-            stream=self.backend.open_stream("decode"),
+            runner=self.text_runners["decode"],
+            stream=self.stack.backend.open_stream("decode"),
             block_size=engine.block_size,
             merge_size=self._merge_size,
             shares_pool=shares_pool,
@@ -169,58 +155,50 @@ class StageParts:
         )
 
     def _receiver(self, system: System, name: str, local: list[Pool], clock: Clock) -> Receiver:
-        stream = self.backend.open_stream(name)
-        return Receiver(system, self.backend, stream, allowed=self.config.link.transfer, local_pools=local, clock=clock)
+        stream = self.stack.backend.open_stream(name)
+        return Receiver(system, self.stack.backend, stream, allowed=self.config.link.transfer, local_pools=local, clock=clock)
 
     @property
     def _merge_size(self) -> int:
         return self.model.vision.merge_size if self.model.vision is not None else 1
 
     def close(self) -> None:
-        self.backend.close()
+        self.stack.close()
 
 
 def load(config: ServeConfig, folder: Path, model: ModelConfig, report: Report) -> StageParts:
-    """Weights and memory for the stages of this process; takes seconds to minutes and tells `report` how far it is.
+    """Weights, memory and runners for the stages of this process; takes seconds to minutes and tells `report` how far it is.
 
     Raises:
         BadCheckpoint, BadConfig: and then nothing is left behind.
     """
-    from epd.model.runner import VisionModelRunner
-    from epd.model.text import TextModel
-    from epd.model.vision import VisionModel
-    from epd.model.weights import load_text_weights, load_vision_weights
-    from gpu.kernels.compiler import warm_up
-
-    backend = open_backend(config.device)
+    roles = config.roles
+    stack = open_stack(config, folder, model)
     try:
-        memory = DeviceMemory.of_host(backend.memory_budget())
-        sizes = decide(model, config.engine, memory=memory, roles=config.roles)
-        parts = StageParts(config, model, sizes, backend)
-        if "encode" in config.roles and model.vision is not None:
-            report("loading the vision tower")
-            weights = load_vision_weights(model, folder, config.load_format)
-            layout = model.embedding_layout(backend.block_format)
+        sizes = stack.decide(roles)
+        for line in budget_lines(sizes):
+            report(line)
+        stack.load(roles, report)
+        parts = StageParts(config, model, sizes, stack)
+        block_format = stack.backend.block_format
+        if "encode" in roles and model.vision is not None:
+            layout = model.embedding_layout(block_format)
             spec = PoolSpec(sizes.num_embedding_blocks, sizes.embedding_block_bytes, "embedding", layout)
-            parts.embedding_memory = backend.allocate_pool(spec)
-            parts.vision_runner = VisionModelRunner(
-                model,
-                VisionModel(model.vision, weights),
-                backend,
-                parts.embedding_memory,
-                EMBEDDING_BLOCK_ROWS,
-                config.num_threads,
-            )
+            parts.embedding_memory = stack.backend.allocate_pool(spec)
+            parts.vision_runner = stack.vision_runner(parts.embedding_memory)
             report(f"embedding pool: {sizes.embedding_bytes / 2**20:.0f} MiB")
-        if {"prefill", "decode"} & set(config.roles):
-            report("loading the language model")
-            parts.text_model = TextModel(model, load_text_weights(model, folder, config.load_format))
-            layout = model.kv_layout(config.engine.block_size, backend.block_format)
-            parts.kv_memory = backend.allocate_pool(PoolSpec(sizes.num_kv_blocks, sizes.kv_block_bytes, "kv", layout))
+        if {"prefill", "decode"} & set(roles):
+            layout = model.kv_layout(config.engine.block_size, block_format)
+            parts.kv_memory = stack.backend.allocate_pool(PoolSpec(sizes.num_kv_blocks, sizes.kv_block_bytes, "kv", layout))
             num_tokens = sizes.num_kv_blocks * config.engine.block_size
             report(f"KV pool: {sizes.kv_bytes / 2**20:.0f} MiB for {num_tokens} tokens, at most {sizes.max_model_len} a request")
-            warm_up(lambda name, done, total: report(f"compiling kernels: {name} ({done + 1} of {total})") if name else None)
+            parts.text_runners = {
+                stage: stack.text_runner(parts.kv_memory, stage, report) for stage in ("prefill", "decode") if stage in roles
+            }
+    except OutOfMemory as error:
+        stack.close()
+        raise BadConfig(f"{error}, or lower --kv-mib and --embedding-mib") from error
     except BaseException:
-        backend.close()
+        stack.close()
         raise
     return parts

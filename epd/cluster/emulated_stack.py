@@ -1,0 +1,94 @@
+"""Stages on an emulated device: real messages, schedulers and block traffic; steps that take the time that a profile predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from epd.cluster.sizes import EMBEDDING_BLOCK_ROWS, Sizes
+from epd.cluster.stack import Report
+from epd.config import ServeConfig
+from epd.emulated.device import EmulatedDevice, Sharing
+from epd.emulated.profile import load_profile
+from epd.emulated.runner import WORD_BYTES, EmulatedTextRunner, EmulatedVisionRunner
+from epd.errors import BadConfig
+from epd.model.config import ModelConfig
+from gpu.emulated import CopyTimes, EmulatedBackend
+from gpu.host_pool import HostPool
+from gpu.pool import Pool
+
+_EMBEDDING_SHARE = 1 / 16  # of the memory that weights leave
+
+
+class EmulatedStack:
+    steps_in_flight = 2
+    embedding_width = 1
+
+    def __init__(self, config: ServeConfig, model: ModelConfig) -> None:
+        path, _, sharing = config.device.removeprefix("emulated:").partition("?")
+        self._profile = profile = load_profile(path)
+        self._config = config
+        self._model = model
+        self._device = EmulatedDevice(profile, _sharing(sharing))
+        times = CopyTimes(
+            profile.copies.latency_s,
+            profile.copies.bytes_per_s,
+            {
+                "kv": profile.model.kv_token_bytes * config.engine.block_size,
+                "embedding": profile.model.embedding_row_bytes * EMBEDDING_BLOCK_ROWS,
+            },
+        )
+        self.backend = EmulatedBackend(profile.memory_bytes, times)
+
+    @property
+    def device(self) -> EmulatedDevice:
+        return self._device
+
+    def decide(self, roles: Collection[str]) -> Sizes:
+        engine, costs = self._config.engine, self._profile.model
+        block_size = engine.block_size
+        weights = costs.weight_bytes if {"prefill", "decode"} & set(roles) else 0
+        weights += costs.vision_weight_bytes if "encode" in roles else 0
+        left = int(self._profile.memory_bytes * self._config.memory_fraction) - weights
+        num_embedding_blocks = int(left * _EMBEDDING_SHARE) // (costs.embedding_row_bytes * EMBEDDING_BLOCK_ROWS)
+        num_kv_blocks = int(left * (1 - _EMBEDDING_SHARE)) // (costs.kv_token_bytes * block_size)
+        if engine.kv_bytes:
+            num_kv_blocks = engine.kv_bytes // (costs.kv_token_bytes * block_size)
+        if engine.embedding_bytes:
+            num_embedding_blocks = engine.embedding_bytes // (costs.embedding_row_bytes * EMBEDDING_BLOCK_ROWS)
+        if min(num_kv_blocks, num_embedding_blocks) < 1:
+            raise BadConfig(f"{costs.name} needs {weights / 1e9:.1f} GB of weights, which {self._profile.device} does not hold")
+        wanted = engine.max_model_len or self._model.max_position_embeddings
+        return Sizes(
+            max_model_len=min(wanted, num_kv_blocks * block_size),
+            num_kv_blocks=num_kv_blocks,
+            kv_block_bytes=block_size * WORD_BYTES,
+            num_embedding_blocks=num_embedding_blocks,
+            embedding_block_bytes=EMBEDDING_BLOCK_ROWS * WORD_BYTES,
+        )
+
+    def load(self, roles: Collection[str], report: Report) -> None:
+        profile = self._profile
+        report(f"emulating {profile.device} with {profile.model.name} ({profile.provenance}: {profile.source})")
+
+    def vision_runner(self, embeddings: Pool) -> EmulatedVisionRunner:
+        return EmulatedVisionRunner(self._device, _host(embeddings), EMBEDDING_BLOCK_ROWS)
+
+    def text_runner(self, kv: Pool, stage: str, report: Report) -> EmulatedTextRunner:
+        return EmulatedTextRunner(self._device, _host(kv), self._config.engine.block_size, stage)
+
+    def close(self) -> None:
+        self._device.close()  # first: streams wait for it
+        self.backend.close()
+
+
+def _sharing(text: str) -> Sharing:
+    try:
+        return Sharing(text) if text else Sharing.FUSED
+    except ValueError:
+        raise BadConfig(f"--device emulated:PROFILE?{text}: choose {' or '.join(Sharing)}") from None
+
+
+def _host(pool: Pool) -> HostPool:
+    if not isinstance(pool, HostPool):
+        raise BadConfig(f"a {type(pool).__name__} is not in host memory")
+    return pool
