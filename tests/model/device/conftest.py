@@ -1,4 +1,4 @@
-"""Where the model of a test runs: on CPU tensors with the kernels' twins, and once more on the GPU where `-m gpu` asks for one."""
+"""Where the model of a test runs: on CPU tensors with the kernels' twins, and on the GPU where `-m gpu` asks for one."""
 
 from __future__ import annotations
 
