@@ -46,6 +46,7 @@ class Mappings:
         self._open: dict[tuple[ProcessId, bytes], _Mapping] = {}
         self._stream = driver.create_stream(driver.priorities()[1])
         self._closer = HostStream("close mappings")
+        self._closer.submit(driver.use)
 
     def map(self, export: PoolExport) -> MappedCudaPool:
         """Raises CannotMap unless what can be read through the handle is the pool that `export` names."""
@@ -144,7 +145,6 @@ class Mappings:
         return _Mapping(key, handle.process, address, handle.size, event, self._driver.tensor(address, handle.size, None))
 
     def _close(self, mapping: _Mapping) -> None:
-        self._driver.use()
         with suppress(DeviceFailed):  # of a lost context nothing can be closed
             self._driver.destroy_event(mapping.event)
             self._driver.close_memory(mapping.address)

@@ -7,6 +7,7 @@ Block checksums are sum64 (`gpu.cuda.reference.sum64_rows`), computed where the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -123,6 +124,8 @@ class _Sums(Deferred[list[int]]):
 
 def _runs(ids: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
     """(place, first id, count) of each stretch of ids that follow one another: one copy each instead of one a block."""
-    starts = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
-    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        yield int(start), int(ids[start]), int(end - start)
+    if not len(ids):
+        return
+    starts = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), len(ids)]
+    for start, end in pairwise(starts):
+        yield start, int(ids[start]), end - start

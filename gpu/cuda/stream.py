@@ -143,17 +143,15 @@ class _Launched:
         self.event: int | None = None
 
     def resolve(self) -> None:
-        if self.error is None:
+        value, error = self.value, self.error
+        self.value = self.error = None  # an error's traceback knows this object, and would keep it and the memory it works on
+        if error is None:
             try:
-                value = self.value.value() if isinstance(self.value, Deferred) else self.value
-            except BaseException as error:
-                self.error = error
-            else:
-                self.value = None
-                self.future.set_result(value)
-                return
-        self.value = None
-        self.future.set_exception(self.error)
+                self.future.set_result(value.value() if isinstance(value, Deferred) else value)
+            except BaseException as late:
+                self.future.set_exception(late)
+        else:
+            self.future.set_exception(error)
 
 
 def _device_priority(priority: int, least: int, greatest: int) -> int:

@@ -1,9 +1,11 @@
 """A CUDA driver without a device: its memory is the host's, its streams go only as far as a test lets them.
 
 What is given to a stream is done in order, by whoever gives it, unless the stream is held: then it waits until the test lets it
-go on, as work waits on a device. Memory and events lie in memfds, so that several of these, in one process or in several, can open
-what another has exported, and keep what they have opened when the other ends. It is strict where a real driver is treacherous: a
-thread that has not said that it uses the device is refused, as is memory that was freed, and what is left at the end is listed.
+go on, as work waits on a device. Memory and events lie in memfds, so that several of these, in one process or in several, can
+open what another has exported, and keep what they have opened when the other ends.
+
+It is strict where a real driver is treacherous: a thread that has not said that it uses the device is refused, as is memory that
+was freed; and what is left at the end is listed.
 """
 
 from __future__ import annotations
