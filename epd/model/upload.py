@@ -24,7 +24,7 @@ from epd.errors import BadCheckpoint
 from epd.model.checkpoint import Entry
 
 NUM_READERS = 4
-STAGING_BYTES = 64 << 20
+STAGING_BYTES = 16 << 20
 _PAGE = 4096  # reads begin at a multiple of it
 _GAP_BYTES = 1 << 20  # so much that nobody wants is read along rather than a new read begun
 
