@@ -72,6 +72,15 @@ class AdmissionConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ObserveConfig:
+    """What requests are held against, and where their traces go."""
+
+    slo_ttft_s: float
+    slo_tpot_s: float
+    otlp_endpoint: str  # base URL of a collector; "" sends no traces
+
+
+@dataclass(frozen=True, slots=True)
 class ServeConfig:
     """One process: the stages it hosts and everything they need."""
 
@@ -88,6 +97,7 @@ class ServeConfig:
     link: LinkConfig
     engine: EngineConfig
     admission: AdmissionConfig
+    observe: ObserveConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +237,16 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     limits.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
 
+    observe = parser.add_argument_group("observation")
+    observe.add_argument("--slo-ttft-s", type=float, default=2.0, help="time to first token that counts as good")
+    observe.add_argument("--slo-tpot-s", type=float, default=0.2, help="mean time per further output token that counts as good")
+    observe.add_argument(
+        "--otlp-endpoint",
+        default=os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
+        metavar="URL",
+        help="collector that traces of requests go to over OTLP/HTTP, as in http://127.0.0.1:4318; needs the extra `otlp`",
+    )
+
 
 _NOT_PASSED_ON = {
     "command",
@@ -296,6 +316,9 @@ def _serve_config(args: argparse.Namespace) -> ServeConfig:
             request_timeout_s=args.request_timeout_s,
             drain_timeout_s=args.drain_timeout_s,
         ),
+        observe=ObserveConfig(
+            slo_ttft_s=args.slo_ttft_s, slo_tpot_s=args.slo_tpot_s, otlp_endpoint=_otlp_endpoint(args.otlp_endpoint)
+        ),
     )
 
 
@@ -327,6 +350,12 @@ def _link_config(args: argparse.Namespace, roles: tuple[str, ...]) -> LinkConfig
         worker=getattr(args, "worker", ""),
         transfer=args.transfer,
     )
+
+
+def _otlp_endpoint(text: str) -> str:
+    if text and not text.startswith(("http://", "https://")):
+        raise BadConfig(f"--otlp-endpoint {text}: expected a URL, as in http://127.0.0.1:4318")
+    return text.rstrip("/")
 
 
 def _host_port(text: str) -> tuple[str, int]:
@@ -392,6 +421,8 @@ def _check_ranges(args: argparse.Namespace) -> None:
         "lease_s": 0.1,
         "request_timeout_s": 0.1,
         "drain_timeout_s": 0.0,
+        "slo_ttft_s": 0.0,
+        "slo_tpot_s": 0.0,
     }
     for name, least in at_least.items():
         value = getattr(args, name)

@@ -48,7 +48,9 @@ async def test_every_stage_of_a_request_is_counted_where_it_ran() -> None:
         for labels, value in series.items()
         if name.startswith("epd_stage") and name.endswith("_count")
     }
-    steps = {labels: value for labels, value in counts.items() if labels[0] in ("epd_stage_step_seconds", "epd_stage_step_tokens")}
+    steps = {
+        labels: value for labels, value in counts.items() if labels[0] in ("epd_stage_step_seconds", "epd_stage_step_tokens")
+    }
     assert {role for _, role in steps} == {"encode", "prefill", "decode"}
     assert steps["epd_stage_step_tokens", "decode"] == 5  # the first token is prefill's
     assert {labels: value for labels, value in counts.items() if labels not in steps} == {

@@ -13,9 +13,11 @@ from epd.errors import BadConfig, EpdError, InternalError, PeerLost, Refused
 from epd.log import Log
 from epd.microkernel.actor import Actor, Mail
 from epd.stage import StageActor
-from protocol.messages import Address, Drain, Join, Leave, ReportLoad, WorkerId
+from gpu.utilisation import Meter, Usage
+from protocol.messages import Address, Drain, Join, Leave, ProcessLoad, ReportLoad, WorkerId
 
 REPORT_S = 0.2
+MEASURE_S = 1.0
 JOIN_TIMEOUT_S = 5.0
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 2.0
@@ -23,8 +25,9 @@ _log = Log("membership")
 
 
 class Membership(Actor):
-    """One per process that hosts stages. `find_gateway` tells the gateway's worker id once it is there; `on_joined` is called
-    at the first join, `on_refused` when joining can never succeed, `on_drain` when the cluster asks this worker to leave.
+    """One per process that hosts stages. `find_gateway` tells the gateway's worker id once it is there, `meter` what the process
+    uses; `on_joined` is called at the first join, `on_refused` when joining can never succeed, `on_drain` when the cluster asks
+    this worker to leave.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Membership(Actor):
         join: Join,
         stages: Sequence[StageActor],
         *,
+        meter: Meter,
         on_joined: Callable[[], None],
         on_refused: Callable[[EpdError], None],
         on_drain: Callable[[], None],
@@ -42,6 +46,8 @@ class Membership(Actor):
         self._directory: Address | None = None
         self._join = join
         self._stages = stages
+        self._meter = meter
+        self._process: ProcessLoad | None = None
         self._on_joined = on_joined
         self._on_refused = on_refused
         self._on_drain = on_drain
@@ -51,6 +57,10 @@ class Membership(Actor):
 
     async def started(self) -> None:
         self.spawn(self._stay(), name="membership")
+        self.spawn(self._measure(), name="usage of the process")
+
+    async def stopped(self) -> None:
+        self._meter.close()
 
     async def receive(self, mail: Mail) -> None:
         if not isinstance(mail.message, Drain):
@@ -123,6 +133,7 @@ class Membership(Actor):
                 stages=tuple(stage.load() for stage in self._stages),
                 links=links,
                 draining=any(stage.is_draining for stage in self._stages),
+                process=self._process,
             )
             try:
                 await self.system.tell(directory, report)
@@ -138,3 +149,28 @@ class Membership(Actor):
                     await self._report_now.wait()
             except TimeoutError:
                 pass
+
+    async def _measure(self) -> None:
+        while True:
+            # On a thread: a driver may take its time.
+            self._process = _process_load(await asyncio.to_thread(self._meter.read))
+            await asyncio.sleep(MEASURE_S)
+
+
+def _process_load(usage: Usage) -> ProcessLoad:
+    device = usage.device
+    if device is None:
+        return ProcessLoad(usage.cpu_s, usage.rss_bytes)
+
+    def known(value: float | None) -> float:
+        return -1 if value is None else value
+
+    return ProcessLoad(
+        cpu_s=usage.cpu_s,
+        rss_bytes=usage.rss_bytes,
+        device_name=device.name,
+        utilisation=known(device.utilisation),
+        memory_used_bytes=int(known(device.memory_used_bytes)),
+        memory_total_bytes=int(known(device.memory_total_bytes)),
+        power_w=known(device.power_w),
+    )

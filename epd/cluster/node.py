@@ -30,11 +30,12 @@ from epd.gateway.router import TokenRouter
 from epd.gateway.service import Gateway
 from epd.http.app import HttpServer
 from epd.log import Log
-from epd.metrics import GatewayMetrics
+from epd.metrics import GatewayMetrics, Slo
 from epd.microkernel.system import System
 from epd.model.config import ModelConfig, load_model_config
 from epd.model.loader import resolve_model
 from epd.stage import StageActor
+from gpu.utilisation import open_meter
 from protocol.messages import Join, WorkerId
 
 if TYPE_CHECKING:
@@ -168,7 +169,8 @@ class Node:
         def limits_changed() -> None:
             prompter.max_model_len = fleet.max_model_len(longest)
 
-        observer = Observer(GatewayMetrics(), clock=clock)
+        slo = Slo(ttft_s=config.observe.slo_ttft_s, tpot_s=config.observe.slo_tpot_s)
+        observer = Observer(GatewayMetrics(slo), clock=clock)
         fleet = Fleet(
             Placement(block_size=config.engine.block_size),
             model=config.model,
@@ -218,6 +220,7 @@ class Node:
             partial(self._find_gateway, system),
             join,
             actors,
+            meter=open_meter(config.device),
             on_joined=self._joined,
             on_refused=self._refused,
             on_drain=self.stop,
