@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:  # a gateway imports this module and needs no kernels
@@ -17,14 +18,15 @@ T = TypeVar("T")
 async def on_stream(stream: Stream, work: Callable[P, T | Deferred[T]], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `work` on the stream and return what it returns, or what that stands for, once the device is done with it.
 
-    When the caller is cancelled, work that has begun is waited for: it may be reading or writing memory that the caller would
-    give to somebody else next.
+    When the caller is cancelled, work that has begun is waited for, however often that happens: it may be reading or writing
+    memory that the caller would give to somebody else next.
     """
     submitted = stream.submit(work, *args, **kwargs)
     future = asyncio.wrap_future(submitted)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        if not submitted.cancel():  # `future` would agree to be cancelled also while the work runs
-            await asyncio.wait([future])
+        while not submitted.cancel() and not future.done():  # `future` would agree to be cancelled also while the work runs
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([future])
         raise

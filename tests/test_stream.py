@@ -23,7 +23,8 @@ async def test_results_and_errors_come_back(stream: HostStream) -> None:
         await on_stream(stream, int, "x")
 
 
-async def test_work_that_has_begun_is_waited_for_when_its_caller_is_cancelled(stream: HostStream) -> None:
+@pytest.mark.parametrize("num_times", [1, 2, 3])
+async def test_work_that_has_begun_is_waited_for_when_its_caller_is_cancelled(stream: HostStream, num_times: int) -> None:
     begun, go = threading.Event(), threading.Event()
     ends: list[str] = []
 
@@ -40,9 +41,10 @@ async def test_work_that_has_begun_is_waited_for_when_its_caller_is_cancelled(st
 
     task = asyncio.create_task(caller())
     await asyncio.to_thread(begun.wait)
-    task.cancel()
-    for _ in range(5):
-        await asyncio.sleep(0)  # let the cancellation go as far as it can
+    for _ in range(num_times):
+        task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)  # let the cancellation go as far as it can
     assert ends == []
     go.set()
     with pytest.raises(asyncio.CancelledError):

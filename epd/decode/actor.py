@@ -1,7 +1,7 @@
 """The decode stage: KV in, one token per step and request out.
 
-The I/O shell round `DecodeScheduler`: it pulls KV into reserved blocks while prefill still works, runs planned steps on its
-stream, and tells gateways the tokens of each step.
+The I/O shell round `DecodeScheduler`: it pulls KV into reserved blocks while prefill still works, keeps its stream supplied with
+planned steps, and tells gateways the tokens of each step as it comes back.
 
 Owns: the decode of each request here (`entry.Entry`) and the KV pool's memory. Does not know: text, images, who placed what.
 """
@@ -18,12 +18,13 @@ from epd.decode.outbox import Outbox
 from epd.decode.request import DecodeOutput, DecodePlan, DecodeRequest, Reservation
 from epd.decode.scheduler import DecodeScheduler
 from epd.errors import Cancelled, DeadlineExceeded, EpdError, InternalError
+from epd.flights import Flights
 from epd.microkernel.actor import Mail, Reply
 from epd.model.positions import mrope_next
 from epd.stage import StageActor, unexpected
 from epd.step import StepPlan, TextRunner, read_token_ids
-from epd.stream import on_stream
 from epd.transfer.receiver import Receiver
+from gpu.errors import DeviceFailed
 from gpu.pool import Pool
 from gpu.stream import Stream
 from protocol.messages import Abort, Decode, Finished, Handoff, LinkLoad, Preempted, RequestId, StageLoad, Token
@@ -54,7 +55,7 @@ class DecodeActor(StageActor):
         self._memory = memory
         self._receiver = receiver
         self._runner = runner
-        self._stream = stream
+        self._flights: Flights[DecodePlan] = Flights(stream, runner, wake=self.wake, clock=clock)
         self._block_size = block_size
         self._merge_size = merge_size
         self._shares_pool = shares_pool
@@ -161,24 +162,30 @@ class DecodeActor(StageActor):
     # --- steps ------------------------------------------------------------------------------------------------------
 
     async def step(self) -> bool:
+        """Book what has come back and keep the stream supplied. It waits for nothing: a step that comes back wakes the loop."""
+        for landing in self._flights.landed():
+            if isinstance(landing.output, Exception):
+                self._fail_step(landing.plan, landing.output)
+                continue
+            self.stepped(landing.began_s, landing.num_tokens)
+            for booked in self._scheduler.commit(landing.plan, landing.output.tokens):
+                self._tell(booked)
         self._reserve()
-        plan = self._scheduler.plan()
-        for victim in plan.preempted:
-            self._give_way(self._entries[victim.request_id])
-        if not plan.steps:
-            return False
-        started = self.clock()
-        try:
-            step_plan = StepPlan(tuple(self._entries[step.request.request_id].sequence(step) for step in plan.steps))
-            output = await on_stream(self._stream, self._runner.execute, step_plan)
-        except Exception as error:
-            self._fail_step(plan, error)
-            return True
-        self.stepped(started, step_plan.num_tokens)
-        for booked in self._scheduler.commit(plan, output.tokens):
-            self._tell(booked)
+        self._launch()
         self._outbox.flush()
-        return True
+        return False
+
+    def _launch(self) -> None:
+        while self._scheduler.can_plan:
+            plan = self._scheduler.plan()
+            for victim in plan.preempted:
+                self._give_way(self._entries[victim.request_id])
+            if not plan.steps:
+                return
+            self._flights.launch(plan, self._describe)
+
+    def _describe(self, plan: DecodePlan) -> StepPlan:
+        return StepPlan(tuple(self._entries[step.request.request_id].sequence(step) for step in plan.steps))
 
     def _tell(self, output: DecodeOutput) -> None:
         request = output.request
@@ -199,9 +206,11 @@ class DecodeActor(StageActor):
         entry.reply.send(Preempted(request.request_id, request.epoch, request.num_output_tokens))
 
     def _fail_step(self, plan: DecodePlan, error: Exception) -> None:
-        """A runner that raises has done so because of what it was given: those requests end, the stage goes on."""
+        """A runner that raises has done so because of what it was given: who is to blame ends, the others and the stage go on."""
+        if isinstance(error, DeviceFailed):
+            raise error  # no step will ever work again here: the stage ends, and its requests begin anew elsewhere
         self._log.error("a decode step failed", error=error, num_requests=len(plan.steps))
-        for request in self._scheduler.fail(plan):
+        for request in self._scheduler.retract(plan):
             entry = self._entries[request.request_id]
             self._forget(entry)
             entry.reply.fail(InternalError(f"decode failed: {error}"))
@@ -254,6 +263,7 @@ class DecodeActor(StageActor):
             self._abort(request.request_id, request.epoch, DeadlineExceeded("the request ran out of time in decode"))
 
     async def stopped(self) -> None:
+        await self._flights.settle()
         self._runner.close()
         self._receiver.close()
 

@@ -40,7 +40,7 @@ class Entry:
             num_computed_tokens=step.position,
             positions=np.full((3, 1), position, dtype=np.int32),
             block_table=self.table,
-            sample=SampleRequest(request.sampling, request.prompt_token_ids, request.output_token_ids),
+            sample=SampleRequest(request.sampling, request.prompt_token_ids, request.output_until(step.position)),
         )
 
     def spans(self, now: float) -> tuple[Span, ...]:

@@ -179,7 +179,7 @@ class DecodeScheduler:
         """The next step: the oldest running requests, each with a block for its next token.
 
         Without steps when nothing can run; that may change whenever a request comes, leaves or gives blocks back, and when a step
-        comes back. A plan with steps must be committed, retracted or failed.
+        comes back. A plan with steps must be committed or retracted.
         """
         if not self.can_plan:
             raise InternalError(f"{len(self._in_flight)} decode steps are not committed yet")
@@ -225,14 +225,6 @@ class DecodeScheduler:
         for request in suspects:
             self._leave(request)
         return tuple(suspects)
-
-    def fail(self, plan: DecodePlan) -> tuple[DecodeRequest, ...]:
-        """A step did not run, and none will: its requests are aborted. Returns those that still existed."""
-        self._land(plan)
-        failed = tuple(step.request for step in plan.steps if _is_running(step.request))
-        for request in failed:
-            self._leave(request)
-        return failed
 
     # --- proof ------------------------------------------------------------------------------------------------------
 

@@ -5,12 +5,14 @@ Sequences with a single new token come first: one attention kernel serves them a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from epd.step import EmbeddingSpan, SequenceStep, StepPlan
+from epd.step import PENDING, EmbeddingSpan, SequenceStep, StepPlan
+from protocol.messages import RequestId
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,11 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+
+def fill_in(plan: StepPlan, drawn: Mapping[RequestId, int]) -> StepPlan:
+    """The plan with its PENDING tokens known: `drawn` are those of the step before. Raises ValueError where one is missing."""
+    return StepPlan(tuple(_known(sequence, drawn) for sequence in plan.sequences))
 
 
 def make_batch(plan: StepPlan, block_size: int) -> Batch:
@@ -92,6 +99,14 @@ def make_batch(plan: StepPlan, block_size: int) -> Batch:
         sampled=sampled,
         sampled_rows=last_rows[list(sampled)],
     )
+
+
+def _known(sequence: SequenceStep, drawn: Mapping[RequestId, int]) -> SequenceStep:
+    if len(sequence.token_ids) != 1 or sequence.token_ids[0] != PENDING:
+        return sequence
+    if sequence.request_id not in drawn:
+        raise ValueError(f"request {sequence.request_id} is to go on with a token that the last step did not draw")
+    return replace(sequence, token_ids=np.array([drawn[sequence.request_id]], np.int32))
 
 
 def _check(sequence: SequenceStep, block_size: int) -> None:

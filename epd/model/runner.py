@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from epd.errors import BadConfig, BadImage
-from epd.model.batch import make_batch
+from epd.model.batch import fill_in, make_batch
 from epd.model.config import ModelConfig
 from epd.model.preprocess import Grid, preprocess
 from epd.model.sampler import sample
@@ -27,7 +27,7 @@ from gpu.backend import Backend
 from gpu.host_pool import HostPool
 from gpu.pool import Pool
 from gpu.team import Team
-from protocol.messages import Token
+from protocol.messages import RequestId, Token
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -52,16 +52,20 @@ class TextModelRunner:
         self._kv: FloatArray = _host(kv_pool).array(np.float32, config.kv_block_shape(block_size)).view(np.float32)
         self._block_size = block_size
         self._buffers = Buffers(config.text)
+        self._drawn: dict[RequestId, int] = {}  # by the last step
         self._threads = _Threads(num_threads)
         self._team = Team(num_threads) if num_threads > 1 else None
 
     def execute(self, plan: StepPlan) -> StepOutput:
+        """Raises ValueError for a plan that makes no sense, or whose PENDING token the last step did not draw."""
         started = time.perf_counter()
-        logits, places = self._forward(plan)
+        drawn, self._drawn = self._drawn, {}
+        logits, places = self._forward(fill_in(plan, drawn))
         tokens: list[Token | None] = [None] * len(plan.sequences)
         requests = [request for i in places if (request := plan.sequences[i].sample) is not None]
         for i, token in zip(places, sample(logits, requests), strict=True):
             tokens[i] = token
+            self._drawn[plan.sequences[i].request_id] = token.token_id
         return StepOutput(tuple(tokens), time.perf_counter() - started)
 
     def logits(self, plan: StepPlan) -> FloatArray:

@@ -1,7 +1,7 @@
 """The prefill stage: prompts in, KV blocks and first tokens out.
 
-The I/O shell round `PrefillScheduler`: it fetches embeddings, runs planned steps on its stream, and hands finished blocks to the
-decode worker that pulls them, run by run while later chunks are still being computed.
+The I/O shell round `PrefillScheduler`: it fetches embeddings, keeps its stream supplied with planned steps, and hands finished
+blocks to the decode worker that pulls them, run by run while later chunks are still being computed.
 
 Owns: the prefill of each request here (`entry.Entry`) and the KV pool's memory. Does not know: who asks, what text is.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from epd.cache.block_pool import BlockPool
 from epd.clock import Clock
 from epd.errors import Cancelled, DeadlineExceeded, EpdError, InternalError, StaleHandle
+from epd.flights import Flights
 from epd.microkernel.actor import Mail, Reply
 from epd.model.positions import check_grids, mrope_positions
 from epd.prefill.embeddings import EmbeddingFetcher
@@ -24,9 +25,9 @@ from epd.prefill.request import PrefillChunk, PrefillPlan, PrefillRequest
 from epd.prefill.scheduler import PrefillScheduler
 from epd.stage import StageActor, unexpected
 from epd.step import EmbeddingSpan, SampleRequest, SequenceStep, StepOutput, StepPlan, TextRunner, read_token_ids
-from epd.stream import on_stream
 from epd.transfer.receiver import Receiver
 from epd.transfer.sender import Sender
+from gpu.errors import DeviceFailed
 from gpu.pool import Pool
 from gpu.stream import Stream
 from protocol.messages import (
@@ -74,7 +75,7 @@ class PrefillActor(StageActor):
         self._receiver = receiver
         self._fetcher = fetcher
         self._runner = runner
-        self._stream = stream
+        self._flights: Flights[PrefillPlan] = Flights(stream, runner, wake=self.wake, clock=clock)
         self._checksum_stream = checksum_stream
         self._merge_size = merge_size
         self._lease_s = lease_s
@@ -189,21 +190,27 @@ class PrefillActor(StageActor):
     # --- steps ------------------------------------------------------------------------------------------------------
 
     async def step(self) -> bool:
-        plan = self._scheduler.plan(self.clock(), spare_blocks=self._spare_blocks())
-        for finished in plan.reused:
-            self._entries[finished.request.request_id].add_finished(finished)
-        if not plan.chunks:
-            return False
-        started = self.clock()
-        try:
-            step_plan = StepPlan(tuple(self._sequence(chunk) for chunk in plan.chunks))
-            output = await on_stream(self._stream, self._runner.execute, step_plan)
-        except Exception as error:
-            self._fail_step(plan, error)
-            return True
-        self.stepped(started, step_plan.num_tokens)
-        self._commit(plan, output, started)
-        return True
+        """Book what has come back and keep the stream supplied. It waits for nothing: a step that comes back wakes the loop."""
+        for landing in self._flights.landed():
+            if isinstance(landing.output, Exception):
+                self._fail_step(landing.plan, landing.output)
+            else:
+                self.stepped(landing.began_s, landing.num_tokens)
+                self._commit(landing.plan, landing.output, landing.began_s, landing.landed_s)
+        self._launch()
+        return False
+
+    def _launch(self) -> None:
+        while self._scheduler.can_plan:
+            plan = self._scheduler.plan(self.clock(), spare_blocks=self._spare_blocks())
+            for finished in plan.reused:
+                self._entries[finished.request.request_id].add_finished(finished)
+            if not plan.chunks:
+                return
+            self._flights.launch(plan, self._describe)
+
+    def _describe(self, plan: PrefillPlan) -> StepPlan:
+        return StepPlan(tuple(self._sequence(chunk) for chunk in plan.chunks))
 
     def _sequence(self, chunk: PrefillChunk) -> SequenceStep:
         request = chunk.request
@@ -226,8 +233,7 @@ class PrefillActor(StageActor):
             sample=sample,
         )
 
-    def _commit(self, plan: PrefillPlan, output: StepOutput, started: float) -> None:
-        now = self.clock()
+    def _commit(self, plan: PrefillPlan, output: StepOutput, started: float, now: float) -> None:
         for progress in self._scheduler.commit(plan, output.tokens):
             entry = self._entries[progress.request.request_id]
             entry.note_chunk(started, now)
@@ -251,9 +257,11 @@ class PrefillActor(StageActor):
             self._scheduler.release(request.request_id)
 
     def _fail_step(self, plan: PrefillPlan, error: Exception) -> None:
-        """A runner that raises has done so because of what it was given: those requests end, the stage goes on."""
+        """A runner that raises has done so because of what it was given: who is to blame ends, the others and the stage go on."""
+        if isinstance(error, DeviceFailed):
+            raise error  # no step will ever work again here: the stage ends, and its requests begin anew elsewhere
         self._log.error("a prefill step failed", error=error, num_requests=len(plan.chunks))
-        for request in self._scheduler.fail(plan):
+        for request in self._scheduler.retract(plan):
             self._end(self._entries[request.request_id], InternalError(f"prefill failed: {error}"))
 
     # --- endings ----------------------------------------------------------------------------------------------------
@@ -302,6 +310,7 @@ class PrefillActor(StageActor):
         return entry
 
     async def stopped(self) -> None:
+        await self._flights.settle()
         self._runner.close()
         self._receiver.close()
 

@@ -232,12 +232,9 @@ class PrefillScheduler:
         if len(plan.chunks) > 1:
             self._suspects.add(suspects)
             return ()
-        return self._abort_all(suspects)
-
-    def fail(self, plan: PrefillPlan) -> tuple[PrefillRequest, ...]:
-        """A step did not run, and none will: its requests are aborted. Returns those that still existed."""
-        self._land(plan)
-        return self._abort_all([chunk for chunk in plan.chunks if chunk.request.state is PrefillState.RUNNING])
+        for chunk in suspects:
+            self.abort(chunk.request.request_id)
+        return tuple(chunk.request for chunk in suspects)
 
     # --- proof ------------------------------------------------------------------------------------------------------
 
@@ -384,11 +381,6 @@ class PrefillScheduler:
         )
 
     # --- leaving ----------------------------------------------------------------------------------------------------
-
-    def _abort_all(self, chunks: Sequence[PrefillChunk]) -> tuple[PrefillRequest, ...]:
-        for chunk in chunks:
-            self.abort(chunk.request.request_id)
-        return tuple(chunk.request for chunk in chunks)
 
     def _forget(self, request: PrefillRequest) -> None:
         del self._requests[request.request_id]

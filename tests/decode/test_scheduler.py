@@ -11,7 +11,7 @@ from epd.cache.prefix import block_hashes
 from epd.decode.request import DecodeOutput, DecodePlan, DecodeRequest, Reservation
 from epd.decode.scheduler import DecodeConfig, DecodeScheduler
 from epd.errors import BadConfig, BadRequest, EpdError, InternalError, PromptTooLong, StaleHandle
-from epd.step import Int32Array
+from epd.step import PENDING, Int32Array
 from protocol.messages import MMItem, RequestId, Sampling, Token
 from tests.support.paged import an_item, ids, ramp
 
@@ -23,9 +23,10 @@ FOR_EVER = 1e9
 class Bench:
     """A scheduler and its pool. Every handoff brings token 7, every step draws 8."""
 
-    def __init__(self, *, num_blocks: int = 64, max_running: int = 8, max_model_len: int = 32) -> None:
+    def __init__(self, *, num_blocks: int = 64, max_running: int = 8, max_model_len: int = 32, in_flight: int = 1) -> None:
         self.pool = BlockPool(num_blocks)
-        self.scheduler = DecodeScheduler(DecodeConfig(BLOCK, max_running, max_model_len, frozenset([EOS])), self.pool)
+        config = DecodeConfig(BLOCK, max_running, max_model_len, frozenset([EOS]), in_flight)
+        self.scheduler = DecodeScheduler(config, self.pool)
 
     def request(
         self,
@@ -51,9 +52,12 @@ class Bench:
         self.check()
         return [(made.request.request_id, made.first_block, len(made.block_ids)) for made in reserved]
 
-    def run(self, name: str, token_ids: Int32Array, *items: MMItem, epoch: int = 1, deadline: float = FOR_EVER) -> DecodeRequest:
+    def run(
+        self, name: str, token_ids: Int32Array, *items: MMItem, epoch: int = 1, sampling: Sampling | None = None
+    ) -> DecodeRequest:
         """A request right after its handoff."""
-        request = self.add(name, token_ids, *items, epoch=epoch, deadline=deadline)
+        request = self.request(name, token_ids, *items, epoch=epoch, sampling=sampling)
+        self.scheduler.add(request)
         self.scheduler.reserve()
         self.scheduler.handoff(request.request_id, len(token_ids), Token(7))
         self.check()
@@ -68,6 +72,12 @@ class Bench:
         outputs = self.scheduler.commit(plan, [Token(token_id)] * len(plan.steps))
         self.check()
         return outputs
+
+    def retract(self, plan: DecodePlan) -> list[str]:
+        """Names of those who are to blame."""
+        blamed = self.scheduler.retract(plan)
+        self.check()
+        return [request.request_id for request in blamed]
 
     def step(self) -> list[tuple[str, int, int]]:
         """(name, token fed, its position) of every sequence of one step."""
@@ -292,6 +302,188 @@ def test_alone_a_request_of_any_length_fits() -> None:
     assert bench.scheduler.is_idle()
 
 
+# --- one step ahead -----------------------------------------------------------------------------------------------------
+
+PENALTY = Sampling(max_tokens=99, repetition_penalty=1.1)
+
+
+def test_a_step_is_planned_while_another_is_in_flight() -> None:
+    bench = Bench(in_flight=2)
+    request = bench.run("a", ramp(7))
+    first, second = bench.plan(), bench.plan()
+    assert (fed(first), fed(second)) == ([("a", 7, 7)], [("a", PENDING, 8)])
+    assert len(request.block_table) == 3  # the second writes to a block that the first does not need
+    assert not bench.scheduler.can_plan
+    assert bench.commit(first, 21) == (DecodeOutput(request, 1, Token(21)),)
+    third = bench.plan()
+    assert fed(third) == [("a", PENDING, 9)]
+    assert [bench.commit(plan, token)[0].index for plan, token in ((second, 22), (third, 23))] == [2, 3]
+    assert request.output_token_ids.tolist() == [7, 21, 22, 23]
+
+
+def test_a_newcomer_joins_the_step_that_is_planned_ahead() -> None:
+    bench = Bench(in_flight=2)
+    bench.run("a", ramp(7))
+    first = bench.plan()
+    bench.run("b", ramp(7, 300))
+    assert fed(bench.plan()) == [("a", PENDING, 8), ("b", 7, 7)]
+    bench.commit(first)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "max_model_len"), [(Sampling(max_tokens=3, ignore_eos=True), 32), (Sampling(max_tokens=99, ignore_eos=True), 10)]
+)
+def test_what_is_certain_to_end_is_not_planned_again(sampling: Sampling, max_model_len: int) -> None:
+    bench = Bench(in_flight=2, max_model_len=max_model_len)
+    bench.run("a", ramp(7), sampling=sampling)
+    first, second = bench.plan(), bench.plan()
+    assert (fed(first), fed(second)) == ([("a", 7, 7)], [("a", PENDING, 8)])
+    bench.commit(first)
+    assert fed(bench.plan()) == []
+    (output,) = bench.commit(second)
+    assert output.token.finish_reason == "length"
+    assert bench.pool.is_idle()
+
+
+def test_a_surplus_token_is_dropped_and_its_block_stays_held_until_it_is_written() -> None:
+    bench = Bench(num_blocks=8, in_flight=2)
+    request = bench.run("a", ramp(7))
+    first, second = bench.plan(), bench.plan()
+    table = list(request.block_table)
+    (output,) = bench.commit(first, EOS)
+    assert output.token.finish_reason == "stop"
+    assert bench.scheduler.num_running == 0
+    assert not bench.scheduler.is_idle()
+    taken = bench.pool.allocate(bench.pool.num_free)
+    assert taken is not None
+    assert not set(taken) & set(table)
+    bench.pool.free(taken)
+    assert bench.commit(second) == ()
+    assert bench.scheduler.is_idle()
+    assert bench.pool.is_idle()
+
+
+def test_blocks_of_an_aborted_request_stay_held_until_its_last_step_has_come_back() -> None:
+    bench = Bench(num_blocks=8, in_flight=2)
+    bench.run("a", ramp(7))
+    first, second = bench.plan(), bench.plan()
+    bench.scheduler.abort(RequestId("a"))
+    bench.check()
+    assert bench.commit(first) == ()
+    assert bench.pool.num_free == 5
+    assert bench.commit(second) == ()
+    assert bench.pool.is_idle()
+
+
+def test_steps_come_back_in_order() -> None:
+    bench = Bench(in_flight=2)
+    bench.run("a", ramp(7))
+    _, second = bench.plan(), bench.plan()
+    with pytest.raises(InternalError, match="not the oldest"):
+        bench.commit(second)
+
+
+def test_who_needs_its_history_sits_out_while_its_last_token_is_unknown() -> None:
+    bench = Bench(in_flight=2, max_running=16)
+    for number in range(8):
+        bench.run(f"r{number}", ramp(3, 100 * number), sampling=None if number else PENALTY)
+    first, second = bench.plan(), bench.plan()
+    assert [len(plan.steps) for plan in (first, second)] == [8, 7]
+    assert "r0" not in [name for name, _, _ in fed(second)]
+    bench.commit(first)
+    third = bench.plan()
+    assert ("r0", 8, 4) in fed(third)
+    assert ("r1", PENDING, 5) in fed(third)
+
+
+def test_where_many_need_their_history_the_batch_stays_together() -> None:
+    bench = Bench(in_flight=2)
+    for name, sampling in (("a", None), ("b", PENALTY), ("c", None)):
+        bench.run(name, ramp(3, ord(name)), sampling=sampling)
+    first = bench.plan()
+    assert fed(bench.plan()) == []
+    bench.commit(first)
+    assert fed(bench.plan()) == [("a", 8, 4), ("b", 8, 4), ("c", 8, 4)]
+
+
+def test_nobody_is_preempted_while_a_step_is_in_flight() -> None:
+    bench = Bench(num_blocks=5, max_model_len=20, in_flight=2)
+    bench.run("a", ramp(6))
+    bench.run("b", ramp(5, 300))
+    plans = [bench.plan(), bench.plan()]
+    for token_id in range(20, 22):
+        bench.commit(plans.pop(0), token_id)
+        plans.append(bench.plan())
+    assert [fed(plan) for plan in plans] == [[("a", PENDING, 8), ("b", PENDING, 7)], []]  # b wants a block, and there is none
+    assert plans[1].preempted == ()
+    bench.commit(plans[0])
+    plan = bench.plan()
+    assert fed(plan) == [("a", 8, 9)]
+    assert [request.request_id for request in plan.preempted] == ["b"]
+
+
+# --- failing ------------------------------------------------------------------------------------------------------------
+
+
+def test_of_a_failed_step_only_the_culprit_ends() -> None:
+    bench = Bench()
+    for name in "abcd":
+        bench.run(name, ramp(3, ord(name)))
+    assert bench.retract(bench.plan()) == []
+    tried = [plan := bench.plan()]
+    bench.commit(plan)  # a and b
+    tried.append(plan := bench.plan())
+    assert bench.retract(plan) == []  # c and d
+    tried.append(plan := bench.plan())
+    assert bench.retract(plan) == ["c"]
+    tried.append(plan := bench.plan())
+    bench.commit(plan)
+    assert [fed(plan) for plan in tried] == [[("a", 7, 3), ("b", 7, 3)], [("c", 7, 3), ("d", 7, 3)], [("c", 7, 3)], [("d", 7, 3)]]
+    assert bench.step() == [("a", 8, 4), ("b", 8, 4), ("d", 8, 4)]
+
+
+def test_a_step_that_follows_a_failed_one_counts_for_nothing() -> None:
+    bench = Bench(in_flight=2)
+    request = bench.run("a", ramp(7))
+    bench.run("b", ramp(7, 300))
+    first = bench.plan()
+    bench.scheduler.abort(RequestId("b"))
+    newcomer = bench.run("c", ramp(7, 600))
+    second = bench.plan()
+    assert bench.retract(first) == []
+    assert fed(bench.plan()) == []  # while the second is in flight, what it feeds is unknown
+    assert bench.commit(second, 33) == (DecodeOutput(newcomer, 1, Token(33)),)
+    assert fed(bench.plan()) == [("a", 7, 7)]
+    assert request.output_token_ids.tolist() == [7]
+
+
+def test_nobody_is_blamed_for_a_step_that_was_shared_with_one_who_has_left() -> None:
+    bench = Bench()
+    for name in "ab":
+        bench.run(name, ramp(7, ord(name)))
+    plan = bench.plan()
+    bench.scheduler.abort(RequestId("a"))
+    assert bench.retract(plan) == []
+    assert bench.step() == [("b", 7, 7)]
+
+
+def test_when_every_step_fails_everybody_ends_after_a_bounded_number_of_them() -> None:
+    bench = Bench(in_flight=2)
+    for name in "abcde":
+        bench.run(name, ramp(3, ord(name)))
+    plans = [bench.plan(), bench.plan()]
+    blamed: list[str] = []
+    num_failed = 0
+    while plans:
+        blamed += bench.retract(plans.pop(0))
+        num_failed += 1
+        plans += [plan for plan in [bench.plan()] if plan.steps]
+        assert num_failed < 12
+    assert sorted(blamed) == list("abcde")
+    assert bench.scheduler.is_idle()
+    assert bench.pool.is_idle()
+
+
 # --- leaving ------------------------------------------------------------------------------------------------------------
 
 
@@ -318,18 +510,6 @@ def test_a_newer_epoch_may_come_while_the_older_is_in_flight() -> None:
     assert bench.step() == [("a", 7, 7)]
 
 
-def test_a_failed_step_takes_its_requests_with_it() -> None:
-    bench = Bench()
-    bench.run("a", ramp(7))
-    b = bench.run("b", ramp(7, 300))
-    plan = bench.plan()
-    bench.scheduler.abort(RequestId("a"))
-    assert bench.scheduler.fail(plan) == (b,)
-    assert bench.scheduler.is_idle()
-    assert bench.pool.is_idle()
-    assert bench.step() == []
-
-
 @pytest.mark.parametrize("state", ["waiting", "receiving", "running"])
 def test_abort_gives_everything_back_in_any_state(state: str) -> None:
     bench = Bench()
@@ -348,7 +528,9 @@ def test_abort_gives_everything_back_in_any_state(state: str) -> None:
 
 def test_overdue_requests_are_named_in_every_state() -> None:
     bench = Bench(num_blocks=8)
-    bench.run("running", ramp(7), deadline=5.0)
+    bench.add("running", ramp(7), deadline=5.0)
+    bench.reserve()
+    bench.scheduler.handoff(RequestId("running"), 7, Token(7))
     bench.add("receiving", ramp(7, 300), deadline=5.0)
     bench.reserve()
     bench.add("waiting", ramp(31, 600), deadline=5.0)
@@ -407,7 +589,7 @@ def test_a_table_that_is_too_short_stays_its_givers() -> None:
         (lambda bench: bench.scheduler.handoff(RequestId("a"), 7, Token(7)), StaleHandle, "not waiting for a handoff"),
         (lambda bench: bench.scheduler.handoff(RequestId("unknown"), 7, Token(7)), StaleHandle, "not waiting for a handoff"),
         (lambda bench: bench.scheduler.handoff(RequestId("receiving"), 6, Token(7)), StaleHandle, "KV of 6 tokens came"),
-        (lambda bench: bench.plan() and bench.plan(), InternalError, "not committed yet"),
+        (lambda bench: bench.plan() and bench.plan(), InternalError, "1 decode steps are not committed yet"),
         (lambda bench: bench.scheduler.commit(bench.plan(), []), InternalError, "0 tokens for 1 sequences"),
         (lambda bench: bench.scheduler.commit(bench.plan(), [None]), InternalError, "drew no token"),
     ],
@@ -430,7 +612,7 @@ def test_a_plan_is_committed_once() -> None:
         bench.commit(plan)
 
 
-@pytest.mark.parametrize("config", [{"num_blocks": 7}, {"max_running": 0}])
+@pytest.mark.parametrize("config", [{"num_blocks": 7}, {"max_running": 0}, {"in_flight": 0}, {"in_flight": 3}])
 def test_limits_that_cannot_work_are_refused(config: dict[str, int]) -> None:
     with pytest.raises(BadConfig):
         Bench(**config)

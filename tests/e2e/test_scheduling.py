@@ -138,20 +138,6 @@ class ClusterMachine(RuleBasedStateMachine):
             while self.cluster.plan_decode():
                 pass
 
-    @precondition(lambda self: self.cluster.num_retries < 3)
-    @rule(is_prefill=st.booleans())
-    def step_fails(self, is_prefill: bool) -> None:
-        if is_prefill:
-            self.cluster.commit_prefill(fails=True)
-        else:
-            self.cluster.commit_decode(fails=True)
-
-    @precondition(lambda self: self.open_jobs() and self.cluster.num_retries < 3)
-    @rule(data=st.data())
-    def poison(self, data: st.DataObject) -> None:
-        """From now on every step that a request is in fails, until the request is blamed for it."""
-        data.draw(st.sampled_from(self.open_jobs())).is_poison = True
-
     @precondition(lambda self: self.open_jobs())
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -166,6 +152,12 @@ class ClusterMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort_in_flight(self, data: st.DataObject) -> None:
         self.cluster.abort(data.draw(st.sampled_from(self.jobs_in_flight())))
+
+    @precondition(lambda self: self.jobs_in_flight() and self.cluster.num_retries < 4)
+    @rule(data=st.data())
+    def poison_in_flight(self, data: st.DataObject) -> None:
+        """From now on every step that a request is in fails, until the request is blamed for it."""
+        data.draw(st.sampled_from(self.jobs_in_flight())).is_poison = True
 
     @precondition(lambda self: self.open_jobs() and self.cluster.num_retries < 3)
     @rule(data=st.data())
@@ -197,9 +189,9 @@ class SharedPoolMachine(ClusterMachine):
 
 
 TestSeparatePools = ClusterMachine.TestCase
-TestSeparatePools.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestSeparatePools.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
 TestSharedPool = SharedPoolMachine.TestCase
-TestSharedPool.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestSharedPool.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
 
 
 @pytest.mark.parametrize("is_shared", [False, True], ids=["separate", "shared"])

@@ -14,6 +14,8 @@ from epd.errors import BadImage, DeadlineExceeded, InternalError
 from epd.gateway.journey import State
 from epd.request import GenerateRequest
 from epd.timeline import Timeline
+from gpu.errors import DeviceFailed
+from protocol.messages import RequestId
 from tests.support.stages import expected_tokens, with_images
 from tests.support.systems import until
 from tests.support.world import World, together, world
@@ -31,16 +33,20 @@ def _with_pictures(made: World, max_tokens: int = 6) -> tuple[GenerateRequest, l
     return request, expected_tokens(seen, max_tokens)
 
 
+@pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize("chunk", [4, 7, 64])
 @pytest.mark.parametrize(("layout", "allowed"), [(ONE, "auto"), (THREE, "mapped"), (THREE, "socket"), (MANY, "auto")])
-async def test_the_tokens_are_the_same_on_every_topology(layout: dict[str, str], allowed: str, chunk: int) -> None:
-    async with world(layout, allowed=allowed, chunk=chunk) as made:
+async def test_the_tokens_are_the_same_on_every_topology(
+    layout: dict[str, str], allowed: str, chunk: int, in_flight: int
+) -> None:
+    async with world(layout, allowed=allowed, chunk=chunk, in_flight=in_flight) as made:
         text = made.request(PROMPT, 9, seed=3)
         pictured, due = _with_pictures(made)
         again, _ = _with_pictures(made)
         results = await together(made.run(text), made.run(pictured), made.run(again))
         assert results == [expected_tokens(PROMPT, 9, seed=3), due, due]
         assert await made.run(_with_pictures(made)[0]) == due  # caches warm
+        assert all((stage.runner.num_ahead > 0) == (in_flight > 1) for stage in made.decode.values() if stage.runner.num_steps)
 
 
 async def test_in_one_process_the_table_moves_and_no_byte_does() -> None:
@@ -211,9 +217,42 @@ async def test_a_failing_runner_ends_its_requests_and_not_the_stage() -> None:
             assert await made.run(made.request(PROMPT, 6)) == expected_tokens(PROMPT, 6)
 
 
-async def test_a_full_decode_pool_preempts_and_alters_nothing() -> None:
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_of_a_failing_batch_only_the_culprit_ends(role: str) -> None:
+    """Six requests are in one step with a seventh that no step can take."""
+    prompts = [list(range(number * 100, number * 100 + 7)) for number in range(6)]
+    async with world(THREE, decode_blocks=64, prefill_blocks=64) as made:
+        (stage,) = getattr(made, role).values()
+        requests = [made.request(prompt, 12) for prompt in [*prompts, [1, 2, 3]]]
+        stage.runner.gate.clear()
+        stage.runner.poison = RequestId(f"{requests[-1].request_id}/0")
+        running = [asyncio.create_task(made.run(request)) for request in requests]
+        await until(lambda: stage.scheduler.num_running + stage.scheduler.num_waiting == 7)
+        stage.runner.gate.set()
+        results = await asyncio.gather(*running, return_exceptions=True)
+        assert results[:6] == [expected_tokens(prompt, 12) for prompt in prompts]
+        assert isinstance(results[6], InternalError)
+
+
+async def test_a_device_that_fails_ends_the_stage_and_its_requests_go_on_elsewhere() -> None:
+    async with world(MANY) as made:
+        request, due = _with_pictures(made, 12)
+        got: list[int] = []
+        async with aclosing(made.journey(request).tokens()) as outputs:
+            async for output in outputs:
+                got.append(output.token.token_id)
+                if len(got) == 4:
+                    (busy,) = [name for name, stage in made.decode.items() if not stage.actor.is_idle()]
+                    made.decode[busy].runner.error = DeviceFailed("an illegal address")
+        assert got == due
+        assert len(made.decode[busy].actor.tables()) > 0  # it stopped as it was: nothing there is worth a try
+        await made.lose(busy)
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+async def test_a_full_decode_pool_preempts_and_alters_nothing(in_flight: int) -> None:
     prompts = [list(range(number * 100, number * 100 + 12)) for number in range(6)]
-    async with world(THREE, decode_blocks=16) as made:
+    async with world(THREE, decode_blocks=16, in_flight=in_flight) as made:
         results = await together(*(made.run(made.request(prompt, 40)) for prompt in prompts))
         assert results == [expected_tokens(prompt, 40) for prompt in prompts]
         assert made.decode["d0"].scheduler.num_preemptions > 0

@@ -78,6 +78,12 @@ class Bench:
         self.check()
         return progress
 
+    def retract(self, plan: PrefillPlan) -> list[str]:
+        """Names of those who are to blame."""
+        blamed = self.scheduler.retract(plan)
+        self.check()
+        return [request.request_id for request in blamed]
+
     def step(self) -> list[tuple[str, int, int]]:
         """(name, start, end) of every chunk of one step."""
         plan = self.plan()
@@ -484,24 +490,93 @@ def test_a_newer_epoch_may_come_while_the_older_is_in_flight() -> None:
     assert newer.num_computed_tokens == 16
 
 
-def test_a_failed_step_takes_its_requests_with_it() -> None:
+def test_blocks_are_told_when_the_step_that_writes_them_has_come_back() -> None:
     bench = Bench()
-    first, second = bench.add("a", ramp(8)), bench.add("b", ramp(8, 300))
+    request = bench.add("a", ramp(40))
+    first, second = bench.plan(), bench.plan()
+    assert request.num_told_blocks == 0
+    (progress,) = bench.commit(first)
+    assert progress.blocks == FinishedBlocks(request, 0, tuple(request.block_table[:4]))
+    (progress,) = bench.commit(second)
+    assert progress.blocks == FinishedBlocks(request, 4, tuple(request.block_table[4:8]))
+
+
+def test_an_embedding_is_needed_until_the_step_that_reads_it_has_come_back() -> None:
+    bench = Bench()
+    request = bench.add("a", ramp(40), an_item("x", 2, 8), ready=True)
+    plans = [bench.plan(), bench.plan()]
+    assert bench.scheduler.needed_items(request.request_id) == (0,)
+    bench.commit(plans[0])
+    assert bench.scheduler.needed_items(request.request_id) == ()
+
+
+def test_there_is_a_limit_to_the_steps_in_flight() -> None:
+    bench = Bench(max_steps_in_flight=2)
+    bench.add("a", ramp(40))
+    plans = []
+    while bench.scheduler.can_plan:
+        plans.append(bench.plan())
+    assert len(plans) == 2
+    with pytest.raises(InternalError, match="2 prefill steps are not committed yet"):
+        bench.plan()
+
+
+def test_of_a_failed_step_only_the_culprit_ends() -> None:
+    bench = Bench(token_budget=64, max_chunk_tokens=8)
+    for name in "abc":
+        bench.add(name, ramp(16, 100 * ord(name)))
+    assert bench.retract(bench.plan()) == []
+    tried = [plan := bench.plan()]
+    assert bench.retract(plan) == []
+    tried.append(plan := bench.plan())
+    bench.commit(plan)
+    tried.append(plan := bench.plan())
+    assert bench.retract(plan) == ["b"]
+    tried.append(plan := bench.plan())
+    bench.commit(plan)
+    assert [spans(plan) for plan in tried] == [[("a", 0, 8), ("b", 0, 8)], [("a", 0, 8)], [("b", 0, 8)], [("c", 0, 8)]]
+    assert bench.step() == [("a", 8, 16), ("c", 8, 16)]
+
+
+def test_a_step_that_follows_a_failed_one_counts_for_nothing() -> None:
+    bench = Bench()
+    request, other = bench.add("a", ramp(40)), bench.add("b", ramp(4, 300))
+    first = bench.plan()
+    assert {name for name, _, _ in spans(first)} == {"a", "b"}
+    second = bench.plan()
+    assert spans(second) == [("a", 12, 28)]
+    assert bench.retract(first) == []
+    assert bench.scheduler.needed_items(request.request_id) == ()
+    assert spans(bench.plan()) == []  # while the second is in flight
+    assert bench.commit(second) == ()
+    assert request.num_told_blocks == 0
+    assert bench.pool.num_cached == 0
+    plans = [bench.plan()]
+    bench.commit(plans[0])
+    plans.append(bench.plan())
+    bench.commit(plans[1])
+    assert sorted(span for plan in plans for span in spans(plan)) == [("a", 0, 12), ("b", 0, 4)]
+    assert other.num_computed_tokens == 4
+    assert bench.step() == [("a", 12, 28)]
+
+
+def test_nobody_is_blamed_for_a_step_that_was_shared_with_one_who_has_left() -> None:
+    bench = Bench()
+    first = bench.add("a", ramp(8))
+    bench.add("b", ramp(8, 300))
     plan = bench.plan()
     bench.scheduler.abort(first.request_id)
-    assert bench.scheduler.fail(plan) == (second,)
-    bench.check()
-    assert bench.scheduler.is_idle()
-    assert bench.pool.is_idle()
+    assert bench.retract(plan) == []
+    assert bench.step() == [("b", 0, 8)]
 
 
-def test_a_failed_step_with_another_behind_it() -> None:
-    bench = Bench()
-    request = bench.add("a", ramp(32))
+def test_a_request_that_fails_alone_ends_with_the_last_of_its_steps() -> None:
+    bench = Bench(num_blocks=16)
+    bench.add("a", ramp(32))
     first, second = bench.plan(), bench.plan()
-    assert bench.scheduler.fail(first) == (request,)
-    assert not bench.scheduler.is_idle()
-    assert bench.scheduler.fail(second) == ()
+    assert bench.retract(first) == ["a"]
+    assert bench.pool.num_free == 8
+    assert bench.retract(second) == []
     assert bench.scheduler.is_idle()
     assert bench.pool.is_idle()
 

@@ -174,14 +174,10 @@ class Cluster:
             self.prefill_steps.append((plan, [list(chunk.request.block_table) for chunk in plan.chunks]))
         return bool(plan.chunks)
 
-    def commit_prefill(self, *, fails: bool = False) -> bool:
+    def commit_prefill(self) -> bool:
         if not self.prefill_steps:
             return False
         plan, tables = self.prefill_steps.popleft()
-        if fails:
-            for request in self.prefill.fail(plan):
-                self.retry(self.jobs[request.request_id])
-            return True
         if any(self.jobs[chunk.request.request_id].is_poison for chunk in plan.chunks):
             self._blame(self.prefill.retract(plan))
             return True
@@ -284,19 +280,18 @@ class Cluster:
                 assert not step.request.needs_history
                 assert any(step.request is before.request for before in self.decode_steps[-1][0].steps)
             assert step.request.output_until(step.position)[-1] == step.token_id
+            num_drawn = step.position + 1 - step.request.num_prompt_tokens
+            assert num_drawn < step.request.sampling.max_tokens, "a step for a request that is certain to have ended"
+            assert step.position + 1 < self.sizes.max_model_len, "a step for a request that is certain to have ended"
         if plan.steps:
             self.decode_steps.append((plan, [list(step.request.block_table) for step in plan.steps]))
         return bool(plan.steps or plan.preempted)
 
-    def commit_decode(self, *, fails: bool = False) -> bool:
+    def commit_decode(self) -> bool:
         if not self.decode_steps:
             return False
         plan, tables = self.decode_steps.popleft()
         drawn, self.drawn = self.drawn, {}
-        if fails:
-            for request in self.decode.fail(plan):
-                self.retry(self.jobs[request.request_id])
-            return True
         lacks_token = any(step.token_id == PENDING and step.request not in drawn for step in plan.steps)
         is_poisoned = any(self.jobs[step.request.request_id].is_poison for step in plan.steps)
         if is_poisoned or (lacks_token and self.sizes.fails_without_token):

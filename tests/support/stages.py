@@ -26,13 +26,13 @@ from epd.microkernel.system import System
 from epd.prefill.actor import PrefillActor
 from epd.prefill.embeddings import EmbeddingFetcher
 from epd.prefill.scheduler import PrefillConfig, PrefillScheduler
-from epd.step import FloatArray, ImageInput, SequenceStep, StepOutput, StepPlan
+from epd.step import PENDING, FloatArray, ImageInput, SequenceStep, StepOutput, StepPlan
 from epd.transfer.receiver import Receiver
 from epd.transfer.sender import Sender
 from gpu.cpu import CpuBackend
 from gpu.host_pool import HostPool
 from gpu.pool import Pool, PoolSpec
-from protocol.messages import MMItem, Sampling, Token
+from protocol.messages import MMItem, RequestId, Sampling, Token
 
 VOCAB = 1000
 EOS = VOCAB  # never drawn
@@ -81,21 +81,33 @@ class CheckedRunner:
         self.gate = threading.Event()
         self.gate.set()
         self.error: Exception | None = None
+        self.poison: RequestId | None = None  # no step that this request is in works
+        self.num_ahead = 0  # sequences that were launched before their token was known
+        self._drawn: dict[RequestId, int] = {}
         self._kv = memory.array(np.int64, (block_size, 2)).view(np.int64)
         self._block_size = block_size
 
     def execute(self, plan: StepPlan) -> StepOutput:
         assert self.gate.wait(20), "nobody opened the gate"
         self.num_steps += 1
+        drawn, self._drawn = self._drawn, {}
         if self.error is not None:
             raise self.error
-        return StepOutput(tuple(self._run(sequence) for sequence in plan.sequences), 0.0)
+        if any(sequence.request_id == self.poison for sequence in plan.sequences):
+            raise ValueError("this is not to be computed")
+        tokens = tuple(self._run(sequence, drawn) for sequence in plan.sequences)
+        pairs = zip(plan.sequences, tokens, strict=True)
+        self._drawn = {sequence.request_id: token.token_id for sequence, token in pairs if token is not None}
+        return StepOutput(tokens, 0.0)
 
     def close(self) -> None:
         del self._kv
 
-    def _run(self, sequence: SequenceStep) -> Token | None:
+    def _run(self, sequence: SequenceStep, drawn: dict[RequestId, int]) -> Token | None:
         tokens = sequence.token_ids.astype(np.int64)
+        if tokens[0] == PENDING:
+            self.num_ahead += 1
+            tokens[0] = drawn[sequence.request_id]
         for span in sequence.embeddings:
             tokens[span.offset : span.offset + len(span.rows)] = span.rows.sum(axis=1).astype(np.int64)
         start = sequence.num_computed_tokens
@@ -206,12 +218,14 @@ async def add_prefill(
     shared: Shared | None = None,
     local: Sequence[Pool] = (),
     lease_s: float = 20.0,
+    max_steps_in_flight: int = 1,
     clock: Clock = monotonic,
 ) -> PrefillStage:
     memory = shared.memory if shared else _kv_memory(backend, num_blocks)
     blocks = shared.blocks if shared else BlockPool(num_blocks)
     runner = CheckedRunner(memory)
-    scheduler = PrefillScheduler(PrefillConfig(BLOCK_SIZE, budget, chunk, 16, MAX_LEN, frozenset({EOS})), blocks)
+    config = PrefillConfig(BLOCK_SIZE, budget, chunk, 16, MAX_LEN, frozenset({EOS}), max_steps_in_flight)
+    scheduler = PrefillScheduler(config, blocks)
     pools = [memory, *local]
     receiver = Receiver(system, backend, backend.open_stream("in"), allowed=allowed, local_pools=pools, clock=clock)
     actor = PrefillActor(
@@ -248,12 +262,14 @@ async def add_decode(
     max_running: int = 16,
     allowed: str = "auto",
     shared: Shared | None = None,
+    max_steps_in_flight: int = 1,
     clock: Clock = monotonic,
 ) -> DecodeStage:
     memory = shared.memory if shared else _kv_memory(backend, num_blocks)
     blocks = shared.blocks if shared else BlockPool(num_blocks)
     runner = CheckedRunner(memory)
-    scheduler = DecodeScheduler(DecodeConfig(BLOCK_SIZE, max_running, MAX_LEN, frozenset({EOS})), blocks)
+    config = DecodeConfig(BLOCK_SIZE, max_running, MAX_LEN, frozenset({EOS}), max_steps_in_flight)
+    scheduler = DecodeScheduler(config, blocks)
     if shared:
         shared.decode.append(scheduler)
     receiver = Receiver(system, backend, backend.open_stream("in"), allowed=allowed, local_pools=[memory], clock=clock)

@@ -114,6 +114,7 @@ async def world(
     prefill_blocks: int = 32,
     encode_blocks: int = 16,
     lease_s: float = 20.0,
+    in_flight: int = 2,
     clock: Clock = monotonic,
 ) -> AsyncIterator[World]:
     """`layout`: worker -> its roles, comma-separated; "gateway" may have some. Prefill and decode of one worker share a pool."""
@@ -136,7 +137,7 @@ async def world(
             await by_name["gateway"].register("directory", fleet)
             await by_name["gateway"].register("tokens", router)
             made = World(by_name["gateway"], by_name, fleet, router, clock, observer)
-            sizes = _Sizes(allowed, chunk, decode_blocks, prefill_blocks, encode_blocks, lease_s)
+            sizes = _Sizes(allowed, chunk, decode_blocks, prefill_blocks, encode_blocks, lease_s, in_flight)
             for name, roles in layout.items():
                 await _add_worker(made, backend, name, roles.split(","), sizes)
             yield made
@@ -153,6 +154,7 @@ class _Sizes:
     prefill_blocks: int
     encode_blocks: int
     lease_s: float
+    in_flight: int
 
 
 async def _add_worker(made: World, backend: CpuBackend, name: str, roles: list[str], sizes: _Sizes) -> None:
@@ -174,11 +176,18 @@ async def _add_worker(made: World, backend: CpuBackend, name: str, roles: list[s
             shared=shared,
             local=local,
             lease_s=sizes.lease_s,
+            max_steps_in_flight=sizes.in_flight,
             clock=made.clock,
         )
     if "decode" in roles:
         made.decode[name] = await stages.add_decode(
-            system, backend, num_blocks=sizes.decode_blocks, allowed=sizes.allowed, shared=shared, clock=made.clock
+            system,
+            backend,
+            num_blocks=sizes.decode_blocks,
+            allowed=sizes.allowed,
+            shared=shared,
+            max_steps_in_flight=sizes.in_flight,
+            clock=made.clock,
         )
     join = Join(
         endpoint=system.endpoint,
