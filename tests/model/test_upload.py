@@ -8,6 +8,7 @@ import os
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -210,3 +211,26 @@ def test_tensors_may_share_their_bytes(tmp_path: Path) -> None:
         read = _upload(_entries(tmp_path, ["t0", "again"]), torch.float32, staging_bytes=staging)
         assert torch.equal(read["t0"], written["t0"])
         assert torch.equal(read["again"], written["t0"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stored", list(NAMES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_arrives_on_a_gpu(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
+    written = _write(tmp_path, _random(3, [(1 + 40_000 * (i % 5), stored) for i in range(24)]), shards=3, lead=3)
+    entries = _entries(tmp_path, list(written))
+    targets = {name: torch.empty(entry.shape, dtype=dtype, device="cuda") for name, entry in entries.items()}
+    upload(entries, targets.__getitem__, lambda done, total: None, staging_bytes=1 << 16)
+    for name in written:
+        np.testing.assert_array_equal(targets[name].cpu().float().numpy(), written[name].to(dtype).float().numpy())
+
+
+@pytest.mark.gpu
+def test_device_memory_is_the_tensors_and_one_staging_buffer(tmp_path: Path) -> None:
+    _write(tmp_path, _random(3, [(400_000, torch.float32)] * 24))
+    entries = _entries(tmp_path, [f"t{i}" for i in range(24)])
+    targets = {name: torch.empty(entry.shape, dtype=torch.bfloat16, device="cuda") for name, entry in entries.items()}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    upload(entries, targets.__getitem__, lambda done, total: None, staging_bytes=4 << 20)
+    assert torch.cuda.max_memory_allocated() - before <= 4 << 20
