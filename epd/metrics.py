@@ -108,7 +108,7 @@ class GatewayMetrics:
         for slo in ("ttft", "tpot", "both"):
             for met in (True, False):
                 self.judged.labels(slo, _bool(met))
-        for code in ("peer_lost", "stale_handle", "corrupt_transfer", "internal"):
+        for code in ("peer_lost", "unavailable", "stale_handle", "corrupt_transfer", "internal"):
             self.failures.labels(code)
             self.recoveries.labels(code)
         self.recoveries.labels("preempted")
