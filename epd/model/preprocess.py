@@ -66,19 +66,26 @@ def preprocess(data: bytes | memoryview, grid: Grid, config: ImageConfig) -> npt
     column in block), a block being what the patch merger joins. The still is its own frame over the temporal patch. Raises
     BadImage when the pixels cannot be decoded or `grid` is not this file's grid.
     """
-    if image_grid(data, config) != grid:
-        raise BadImage(f"the image's grid is {image_grid(data, config)}, not the {tuple(grid)} that was promised for it")
-    image, orientation = _open(data)
-    try:
-        image.load()
-        if orientation in _TRANSPOSES:
-            image = image.transpose(_TRANSPOSES[orientation])
-        rgb = _to_rgb(image)
-    except _BROKEN as error:
-        raise BadImage(f"the {image.format or 'image'} data is broken or truncated ({error}); send the complete file") from error
-    size = config.patch_size
-    pixels = np.asarray(rgb.resize((grid[2] * size, grid[1] * size), resample=Image.Resampling(config.resample)))
-    return _patchify(pixels, grid, config)
+    blocks = _blocks(data, grid, config)
+    levels = normalized_levels(config)
+    patches = np.empty((len(blocks), 3, config.temporal_patch_size, config.patch_size, config.patch_size), np.float32)
+    for channel in range(3):
+        patches[:, channel] = levels[channel][blocks[:, channel]][:, None]
+    return patches.reshape(len(blocks), -1)
+
+
+def pixel_patches(data: bytes | memoryview, grid: Grid, config: ImageConfig) -> npt.NDArray[np.uint8]:
+    """The same patches as grey levels, [rows * columns, channels * patch * patch], of which `normalized_levels` makes numbers.
+
+    One byte for each number, and one frame of the temporal patch: what a device is sent. Raises as `preprocess`.
+    """
+    blocks = _blocks(data, grid, config)
+    return blocks.reshape(len(blocks), -1)
+
+
+def normalized_levels(config: ImageConfig) -> npt.NDArray[np.float32]:
+    """[3, 256]: what each grey level of each channel becomes."""
+    return _normalized(config.rescale_factor, config.mean, config.std)
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -98,6 +105,24 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
         rows = math.ceil(height * grow / factor) * factor
         columns = math.ceil(width * grow / factor) * factor
     return rows, columns
+
+
+def _blocks(data: bytes | memoryview, grid: Grid, config: ImageConfig) -> npt.NDArray[np.uint8]:
+    """Pixels in the order of patches, [rows * columns, 3, patch, patch]."""
+    if image_grid(data, config) != grid:
+        raise BadImage(f"the image's grid is {image_grid(data, config)}, not the {tuple(grid)} that was promised for it")
+    image, orientation = _open(data)
+    try:
+        image.load()
+        if orientation in _TRANSPOSES:
+            image = image.transpose(_TRANSPOSES[orientation])
+        rgb = _to_rgb(image)
+    except _BROKEN as error:
+        raise BadImage(f"the {image.format or 'image'} data is broken or truncated ({error}); send the complete file") from error
+    size, merge, (_, rows, columns) = config.patch_size, config.merge_size, grid
+    pixels = np.asarray(rgb.resize((columns * size, rows * size), resample=Image.Resampling(config.resample)))
+    blocks = pixels.reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
+    return blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3, size, size)
 
 
 def _open(data: bytes | memoryview, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[Image.Image, int]:
@@ -141,22 +166,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _patchify(pixels: npt.NDArray[np.uint8], grid: Grid, config: ImageConfig) -> npt.NDArray[np.float32]:
-    """pixels [height, width, 3] -> patches; the 256 values that a channel can take are normalized once, in a table."""
-    _, rows, columns = grid
-    size, merge = config.patch_size, config.merge_size
-    blocks = pixels.reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
-    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3, size, size)
-    table = _normalized(config.rescale_factor, config.mean, config.std)
-    patches = np.empty((rows * columns, 3, config.temporal_patch_size, size, size), np.float32)
-    for channel in range(3):
-        patches[:, channel] = table[channel][blocks[:, channel]][:, None]
-    return patches.reshape(rows * columns, -1)
-
-
 @lru_cache(maxsize=8)
 def _normalized(factor: float, mean: tuple[float, ...], std: tuple[float, ...]) -> npt.NDArray[np.float32]:
-    """[3, 256]: what each grey level becomes. Rescaled in float64, then rounded to float32 and normalized there."""
+    """Rescaled in float64, then rounded to float32 and normalized there."""
     levels = (np.arange(256, dtype=np.float64) * factor).astype(np.float32)
     return (levels[None, :] - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
 

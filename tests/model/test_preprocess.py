@@ -19,7 +19,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from epd.errors import BadImage
 from epd.model.config import ImageConfig
-from epd.model.preprocess import MAX_IMAGE_PIXELS, image_grid, num_image_tokens, preprocess, smart_resize
+from epd.model.preprocess import (
+    MAX_IMAGE_PIXELS,
+    image_grid,
+    normalized_levels,
+    num_image_tokens,
+    pixel_patches,
+    preprocess,
+    smart_resize,
+)
 from tests.model.reference import png
 
 CONFIG = ImageConfig(16, 2, 2, 65536, 1 << 20, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 3, 1 / 255)
@@ -160,6 +168,19 @@ def test_reads_a_memoryview_without_copying_it_first() -> None:
     np.testing.assert_array_equal(
         preprocess(view, image_grid(view, CONFIG), CONFIG), preprocess(data, image_grid(data, CONFIG), CONFIG)
     )
+
+
+@pytest.mark.parametrize("temporal", [1, 2])
+def test_grey_levels_become_the_same_numbers(temporal: int) -> None:
+    config = replace(CONFIG, temporal_patch_size=temporal, mean=(0.5, 0.4, 0.6), std=(0.5, 0.25, 0.3))
+    data = png(np.random.default_rng(4), 150, 90)
+    grid = image_grid(data, config)
+    levels = pixel_patches(data, grid, config)
+    assert levels.dtype == np.uint8
+    pixels = levels.reshape(len(levels), 3, 1, -1)
+    numbers = normalized_levels(config)[np.arange(3)[:, None, None], pixels]
+    expected = preprocess(data, grid, config)
+    np.testing.assert_array_equal(np.repeat(numbers, temporal, axis=2).reshape(expected.shape), expected)
 
 
 def test_counts_tokens() -> None:
