@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from epd.model.device.work_queue import WorkQueue, Mark
+from epd.model.device.work_queue import Mark, WorkQueue
 
 Array = npt.NDArray[np.generic]
 Shape = tuple[int, ...]

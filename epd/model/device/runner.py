@@ -10,7 +10,7 @@ What two batches have in common is said in `epd.model.device.text`: the same tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from epd.errors import BadConfig
 from epd.model.batch import Batch, make_batch
-from epd.model.device.work_queue import WorkQueue, Mark, open_queue
-from epd.model.device.graphs import GraphOptions, Graphs, Shape, Shapes
+from epd.model.device.decode_steps import DecodeSteps
+from epd.model.device.graphs import GraphOptions
 from epd.model.device.inputs import Layout, Staging
 from epd.model.device.sampler import Logprobs, is_greedy, sample
 from epd.model.device.text import Buffers, ChunkInputs, DeviceTextModel, Inputs
+from epd.model.device.work_queue import Mark, WorkQueue, open_queue
 from epd.step import PENDING, EmbeddingSpan, SampleRequest, StepOutput, StepPlan
 from gpu.stream import Deferred
 from protocol.messages import RequestId, Sampling, Token, TokenLogprob
@@ -63,12 +64,14 @@ class DeviceTextRunner:
         self._buffers = Buffers(model)
         self._drawn = torch.zeros(max_sequences, dtype=torch.int64, device=model.device)
         self._row_of: dict[RequestId, int] = {}  # in _drawn, of what the last step drew
-        self._decode = _DecodeGraphs(
+        self._decode = DecodeSteps(
             model,
             kv_pool,
             self._drawn,
-            Shapes(graphs or GraphOptions(), max_sequences=max_sequences, max_model_len=max_model_len, block_size=block_size),
             self._queue,
+            graphs or GraphOptions(),
+            max_sequences=max_sequences,
+            max_model_len=max_model_len,
         )
         self._queue.synchronize()  # what was made here may have been made on another stream than steps run on
 
@@ -103,8 +106,8 @@ class DeviceTextRunner:
         return np.asarray(self._launch(batch, has_pending=False).cpu().numpy())
 
     @property
-    def captured(self) -> frozenset[Shape]:
-        """The shapes that steps have graphs for."""
+    def captured(self) -> frozenset[int]:
+        """Batch sizes that decode steps have graphs for."""
         return self._decode.captured
 
     def close(self) -> None:
@@ -117,9 +120,9 @@ class DeviceTextRunner:
         num_sampled = len(batch.sampled)
         if num_sampled > self._max_sequences:
             raise ValueError(f"a step of {num_sampled} sequences, where {self._max_sequences} were to be the most")
-        shape = self._decode.shape_of(batch)
-        if shape is not None:
-            return self._decode.launch(shape, batch, self._staging)
+        bucket = self._decode.bucket_of(batch)
+        if bucket is not None:
+            return self._decode.launch(bucket, batch, self._staging)
         logits = self._launch(batch, has_pending=has_pending)
         if num_sampled:
             torch.argmax(logits, dim=1, out=self._drawn[:num_sampled])
@@ -167,80 +170,6 @@ class DeviceTextRunner:
         return self._staging.upload(rows, self.model.dtype)
 
 
-class _DecodeGraphs:
-    """Steps of single tokens that all draw, padded to a bucket, from graphs over memory that never moves."""
-
-    def __init__(self, model: DeviceTextModel, kv_pool: Tensor, drawn: Tensor, shapes: Shapes, queue: WorkQueue) -> None:
-        self._model, self._kv, self._drawn, self._shapes, self._queue = model, kv_pool, drawn, shapes, queue
-        self._graphs = Graphs(queue, self._work_of)
-        self._layouts: dict[Shape, Layout] = {}
-        largest = shapes.largest
-        self._inputs = torch.zeros(_decode_layout(largest).num_bytes, dtype=torch.uint8, device=model.device)
-        self._buffers = Buffers(model, largest.batch) if largest.batch else None
-
-    @property
-    def captured(self) -> frozenset[Shape]:
-        return self._graphs.captured
-
-    def shape_of(self, batch: Batch) -> Shape | None:
-        """The graph for a batch, or None where it is to be launched kernel by kernel."""
-        if len(batch.sampled) != batch.num_tokens or batch.chunks or batch.embeddings:
-            return None
-        return self._shapes.of(batch.num_tokens, batch.block_tables.shape[1])
-
-    def launch(self, shape: Shape, batch: Batch, staging: Staging) -> Tensor:
-        """Logits of the batch's rows; the likeliest token of each goes to `drawn`."""
-        self._capture(shape)  # before the inputs come: it writes to where they go
-        num_rows, num_blocks = batch.block_tables.shape
-        staged = staging.begin(self._layouts[shape])
-        for name, padding in _PADDING.items():
-            array = staged[name]
-            array[..., :num_rows] = getattr(batch, name)
-            array[..., num_rows:] = padding
-        staged["block_tables"][:num_rows, :num_blocks] = batch.block_tables  # nothing else of it is read
-        staging.send(staged, self._inputs)
-        self._graphs.launch(shape)
-        return self._buffers_of(shape).logits(num_rows)
-
-    @torch.inference_mode()
-    def capture_first(self) -> None:
-        for shape in self._shapes.at_start():
-            self._capture(shape)
-
-    def _capture(self, shape: Shape) -> None:
-        """The run that goes before a capture is one of padding alone, and what the last step drew outlasts it."""
-        if shape in self._graphs.captured:
-            return
-        self._layouts[shape] = _decode_layout(shape)
-        arrays = self._layouts[shape].tensors(self._inputs)
-        for name, padding in _PADDING.items():
-            arrays[name].fill_(padding)
-        drawn = self._drawn.clone()
-        self._graphs.capture(shape)
-        self._drawn.copy_(drawn)
-
-    def _work_of(self, shape: Shape) -> Callable[[], None]:
-        arrays = self._layouts[shape].tensors(self._inputs)
-        inputs = Inputs(
-            token_ids=arrays["token_ids"],
-            positions=arrays["positions"],
-            slots=arrays["slots"],
-            block_tables=arrays["block_tables"],
-            context_lens=arrays["context_lens"],
-        )
-        drawn, buffers = self._drawn[: shape.batch], self._buffers_of(shape)
-
-        def work() -> None:
-            torch.argmax(self._model.forward(inputs, self._drawn, self._kv, buffers), dim=1, out=drawn)
-
-        return work
-
-    def _buffers_of(self, shape: Shape) -> Buffers:
-        if self._buffers is None:
-            raise ValueError(f"there are no graphs, not for {shape} either")
-        return self._buffers
-
-
 class _Outcome(Deferred[StepOutput]):
     """What a step drew, on its way to the host."""
 
@@ -273,21 +202,7 @@ class _Outcome(Deferred[StepOutput]):
         return StepOutput(tuple(tokens), self._finished.seconds_since(self._started))
 
 
-# The arrays of a decode step and what a row of padding has in them: it stores nothing and attends to nothing.
-_PADDING = {"token_ids": 0, "positions": 0, "slots": -1, "context_lens": 0}
 _TORCH_DTYPES = {np.int64: torch.int64, np.int32: torch.int32}
-
-
-def _decode_layout(shape: Shape) -> Layout:
-    return Layout(
-        {
-            "token_ids": (torch.int64, (shape.batch,)),
-            "positions": (torch.int32, (3, shape.batch)),
-            "slots": (torch.int64, (shape.batch,)),
-            "context_lens": (torch.int32, (shape.batch,)),
-            "block_tables": (torch.int32, (shape.batch, shape.num_blocks)),
-        }
-    )
 
 
 def _point_at_drawn(plan: StepPlan, batch: Batch, row_of: dict[RequestId, int]) -> bool:

@@ -115,9 +115,9 @@ class CudaQueue:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Run `work` once, so that whatever is made at a first call is there, and capture a second run.
 
-        On the current stream, whose priority the graph's kernels take over; on one beside it where that is the legacy default stream,
-        which cannot be captured. Only errors of this thread count: other stages' streams may allocate meanwhile. The host waits
-        for nothing.
+        On the current stream, whose priority the graph's kernels take over; on one beside it where that is the legacy default
+        stream, which cannot be captured. Only errors of this thread count: other stages' streams may allocate meanwhile. The host
+        waits for nothing.
         """
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
