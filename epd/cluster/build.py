@@ -98,6 +98,7 @@ class StageParts:
                 max_running=engine.max_running,
                 max_model_len=self.sizes.max_model_len,
                 eos_token_ids=frozenset(self.model.eos_token_ids),
+                max_steps_in_flight=self.stack.steps_in_flight,
             ),
             blocks,
         )
@@ -132,6 +133,7 @@ class StageParts:
                 max_running=engine.max_running,
                 max_model_len=self.sizes.max_model_len,
                 eos_token_ids=frozenset(self.model.eos_token_ids),
+                max_steps_in_flight=self.stack.steps_in_flight,
             ),
             blocks,
         )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from epd.cluster.cpu_stack import CpuStack
 from epd.config import BUNDLED_MODEL
 from tests.e2e.mix import Case, Said, ask_at_once, ask_one_by_one, cases
 from tests.support.cluster import ALL_ROLES, APART, NodeCluster, ProcessCluster, node_cluster, process_cluster
@@ -111,6 +112,23 @@ async def test_nodes_apart(undisturbed: Sequence[Said], rung: str, options: Sequ
         if rung == "socket":
             systems = [member.node.system for member in cluster.members if member.node.system is not None]
             assert {link.transport for system in systems for link in system.links()} == {"tcp"}
+
+
+ONE_STEP_AHEAD = (
+    ((ALL_ROLES,), ("--block-size", "8", "--max-chunk-tokens", "16")),
+    ((ALL_ROLES,), TIGHT),
+    (APART, (*TIGHT, "--max-chunk-tokens", "16", "--token-budget", "64")),
+)
+
+
+@pytest.mark.parametrize(("layout", "options"), ONE_STEP_AHEAD, ids=" ".join)
+async def test_with_a_step_in_flight_behind_the_one_that_runs(
+    undisturbed: Sequence[Said], layout: Sequence[str], options: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuStack, "steps_in_flight", 2)
+    async with node_cluster(layout, *options) as cluster:
+        await check_cold_and_warm(cluster.url, undisturbed)
+        await cluster.idle()
 
 
 async def test_workers_that_prefill_and_decode(undisturbed: Sequence[Said]) -> None:
