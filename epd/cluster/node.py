@@ -141,8 +141,9 @@ class Node:
     # --- start ------------------------------------------------------------------------------------------------------
 
     def _read_model(self) -> tuple[Path, ModelConfig]:
-        needs_weights = self._config.load_format != "dummy" and self._config.roles != ("gateway",)
-        folder = resolve_model(self._config.model, weights=needs_weights)
+        config = self._config
+        is_light = config.load_format == "dummy" or config.device.startswith("emulated:") or config.roles == ("gateway",)
+        folder = resolve_model(config.model, weights=not is_light)
         return folder, load_model_config(folder)
 
     async def _load_unless_stopped(self, folder: Path, model: ModelConfig) -> StageParts | None:

@@ -64,16 +64,22 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     copies: CopyCosts
 
 
+SHIPPED = Path(__file__).parents[1] / "assets" / "profiles"
+
+
 def load_profile(path: str | Path) -> Profile:
-    """Read a profile file.
+    """Read a profile file, or one of those that come along, by its name without ending.
 
     Raises:
         BadConfig: there is none, or it is not one.
     """
+    if not Path(path).exists() and (named := SHIPPED / f"{path}.json").exists():
+        path = named
     try:
         profile = msgspec.json.decode(Path(path).read_bytes(), type=Profile)
     except OSError as error:
-        raise BadConfig(f"cannot read the device profile {path}: {error.strerror}") from error
+        shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.json")))
+        raise BadConfig(f"cannot read the device profile {path} ({error.strerror}); those that come along: {shipped}") from error
     except msgspec.MsgspecError as error:
         raise BadConfig(f"{path} is no device profile: {error}") from error
     for name, curve in (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +86,22 @@ def _write(folder: Path, config: dict[str, Any]) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = _tokenizer(config["vocab_size"])
+    tokenizer = byte_tokenizer(config["vocab_size"])
     ids = {name: int(tokenizer["added_tokens"][index]["id"]) for index, name in enumerate(_SPECIAL_TOKENS)}
     config |= {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
     torch.manual_seed(0)
     Qwen3ForCausalLM(Qwen3Config(**config)).save_pretrained(folder, max_shard_size="1GB")
-    _write_json(folder / "tokenizer.json", tokenizer)
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(ids))
-    _write_json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": [ids["<|im_end|>"]]})
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer_config.json", tokenizer_config(ids, _CHAT_TEMPLATE, config["max_position_embeddings"]))
+    write_json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": [ids["<|im_end|>"]]})
     (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE)
-    _write_json(folder / "config.json", config)  # as the hub spells it, which transformers reads as well
+    write_json(folder / "config.json", config)  # as the hub spells it, which transformers reads as well
 
 
-def _tokenizer(vocab_size: int) -> dict[str, Any]:
+def byte_tokenizer(vocab_size: int, special_tokens: Sequence[str] = _SPECIAL_TOKENS) -> dict[str, Any]:
     """A byte-level BPE without merges: 256 bytes, then words that only decode, then the special tokens."""
     vocab = {symbol: index for index, symbol in enumerate(_byte_symbols())}
-    while len(vocab) < vocab_size - len(_SPECIAL_TOKENS):
+    while len(vocab) < vocab_size - len(special_tokens):
         vocab[f"\u0120w{len(vocab)}"] = len(vocab)  # \u0120 is how byte-level BPE writes a leading blank
     added = [
         {
@@ -112,7 +113,7 @@ def _tokenizer(vocab_size: int) -> dict[str, Any]:
             "normalized": False,
             "special": True,
         }
-        for index, name in enumerate(_SPECIAL_TOKENS)
+        for index, name in enumerate(special_tokens)
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
@@ -147,7 +148,7 @@ def _byte_symbols() -> list[str]:
     return [symbols[byte] for byte in range(256)]
 
 
-def _tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
+def tokenizer_config(ids: dict[str, int], template: str, max_length: int) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
@@ -155,11 +156,11 @@ def _tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
         "pad_token": "<|endoftext|>",
         "unk_token": None,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": _CONFIG["max_position_embeddings"],
-        "chat_template": _CHAT_TEMPLATE,
+        "model_max_length": max_length,
+        "chat_template": template,
         "added_tokens_decoder": {str(index): {"content": name, "special": True} for name, index in ids.items()},
     }
 
 
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
+def write_json(path: Path, tree: dict[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=None if path.name == "tokenizer.json" else 2) + "\n")

@@ -1,0 +1,65 @@
+"""`python -m tools.profile_device`: write the profile of a device that `epd serve --device emulated:PROFILE` can stand in for."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+
+import msgspec
+
+from epd.cluster.build import load
+from epd.config import BUNDLED_MODEL, ServeConfig, parse
+from epd.emulated.profile import Profile
+from epd.errors import EpdError
+from epd.model.config import load_model_config
+from epd.model.loader import resolve_model
+from tools.bench.machine import describe_machine
+from tools.geometry import NAME, qwen3_vl_8b
+from tools.profile_device.roofline import CHIPS, roofline
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.profile_device", description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    real = kinds.add_parser("measure", help="from a device of this machine")
+    real.add_argument("--device", default="cpu", help="as epd serve takes it")
+    real.add_argument("--model", default=str(BUNDLED_MODEL), help="folder, hub id, or qwen3-vl-8b: random weights")
+    real.add_argument("--num-threads", type=int, default=1)
+    real.add_argument("--output", type=Path, required=True)
+    paper = kinds.add_parser("roofline", help="from data sheets; marked as such")
+    paper.add_argument("--chip", choices=sorted(CHIPS), default="h200")
+    paper.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    try:
+        profile = _measure(args) if args.kind == "measure" else roofline(CHIPS[args.chip], load_model_config(qwen3_vl_8b()), NAME)
+    except EpdError as error:
+        sys.exit(f"profile_device: {error.message}")
+    args.output.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
+    print(f"wrote {args.output} ({profile.provenance}: {profile.source})")
+
+
+def _measure(args: argparse.Namespace) -> Profile:
+    from tools.profile_device.measure import measure
+
+    is_random = args.model == "qwen3-vl-8b"
+    words = ["serve", "--roles", "encode,prefill,decode", "--device", args.device, "--num-threads", str(args.num_threads)]
+    words += ["--model", str(qwen3_vl_8b()) if is_random else args.model]
+    config = parse([*words, *(["--load-format", "dummy"] if is_random else [])])
+    assert isinstance(config, ServeConfig)
+    folder = resolve_model(config.model, weights=not is_random)
+    parts = load(config, folder, load_model_config(folder), lambda text: print(f"  {text}", flush=True))
+    try:
+        machine = describe_machine()
+        source = f"{machine['cpu']}, {args.num_threads} threads, torch {machine['packages']['torch']}, {datetime.date.today()}"
+        fit = measure(parts, device=args.device, source=source)
+    finally:
+        parts.close()
+    for name, predicted, measured in fit.checks:
+        print(f"  {name}: predicted {1e3 * predicted:.2f} ms, measured {1e3 * measured:.2f} ms ({predicted / measured - 1:+.0%})")
+    return fit.profile
+
+
+if __name__ == "__main__":
+    main()
