@@ -15,6 +15,7 @@ from epd.model.device.runner import DeviceTextRunner
 from epd.step import PENDING, SequenceStep, StepPlan
 from protocol.messages import RequestId, Sampling, Token
 from tests.model.device.engine import NO_GRAPHS, DeviceEngine, Overlapped, Target
+from tests.model.device.watching import HostRead, Unwatched, reads_are_errors
 from tests.model.reference import CASE_NAMES, GREEDY, Model, Running
 
 ModelOf = Callable[[str], Model]
@@ -180,6 +181,40 @@ def test_a_step_takes_time(model_of: ModelOf, open_engine: OpenEngine) -> None:
     engine = open_engine(model_of("qwen3-mha-bias"))
     step = engine.sequence(engine.model.prompt(seed=1)).step(10_000)
     assert engine.device_runner.execute(StepPlan((step,))).value().elapsed_s > 0
+
+
+@pytest.mark.parametrize("graphs", [NO_GRAPHS, None], ids=["eager", "graphs"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        PLAIN,
+        Sampling(top_k=4, top_p=0.9, min_p=0.1, num_logprobs=3, repetition_penalty=1.2, logit_bias=((3, 1.0),)),
+        Sampling(top_p=0.5, num_logprobs=0),
+    ],
+    ids=["greedy", "plain", "all", "sorted"],
+)
+def test_a_step_reads_no_value_of_the_device(
+    graphs: GraphOptions | None, sampling: Sampling, model_of: ModelOf, target: Target, open_engine: OpenEngine
+) -> None:
+    model = model_of("vl-deepstack2-tied")
+    watched = replace(target, kernels=Unwatched(target.kernels))
+    engine = open_engine(model, target=watched, graphs=graphs)
+    running = [engine.sequence(model.prompt(seed, length=7), sampling, num_tokens=4) for seed in range(3)]
+    for each in running[:2]:
+        each.take(engine.execute([each.step(10_000)])[0])
+    decode, prefill = [each.step(1) for each in running[:2]], [running[2].step(10_000)]
+    with reads_are_errors(target.device):
+        outcomes = [engine.device_runner.execute(StepPlan(tuple(steps))) for steps in (decode, prefill, decode)]
+    assert all(None not in outcome.value().tokens for outcome in outcomes)
+    assert bool(engine.device_runner.captured) == (graphs is not NO_GRAPHS)
+
+
+def test_a_read_would_be_noticed(target: Target) -> None:
+    values = torch.ones(3, device=target.device)
+    for read in (lambda: values[0].item(), lambda: values[values > 0], lambda: bool(values.sum() > 1), values.nonzero):
+        with pytest.raises((HostRead, RuntimeError)), reads_are_errors(target.device):
+            read()
 
 
 def test_more_sequences_than_were_said_are_refused(model_of: ModelOf, open_engine: OpenEngine) -> None:
