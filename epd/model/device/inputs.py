@@ -21,7 +21,13 @@ Array = npt.NDArray[np.generic]
 Shape = tuple[int, ...]
 
 _ALIGNMENT = 256  # bytes, at which a device likes its arrays to begin
-_DTYPES = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32, torch.float64: np.float64}
+_DTYPES = {
+    torch.int64: np.int64,
+    torch.int32: np.int32,
+    torch.uint8: np.uint8,
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+}
 
 
 @dataclass(frozen=True)
