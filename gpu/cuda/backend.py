@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 
 from gpu.cuda.driver import Driver
@@ -11,15 +13,18 @@ from gpu.cuda.mover import Mover
 from gpu.cuda.pool import CudaPool, CudaScratch
 from gpu.cuda.processes import HostProcesses, Processes
 from gpu.cuda.stream import CudaStream
+from gpu.errors import DeviceFailed
 from gpu.pool import PoolExport, PoolSpec
 
 
 def open_cuda(index: int) -> CudaBackend:
     """The device that CUDA numbers `index` here, with the kernels that are best on it. Raises UnknownDevice, saying why."""
-    from gpu.cuda.choose import choose_kernels
     from gpu.cuda.cupy_driver import CupyDriver
 
-    return CudaBackend(CupyDriver(index), choose_kernels("auto"))
+    driver = CupyDriver(index)
+    from gpu.cuda.choose import choose_kernels  # compilers, of no use without a device
+
+    return CudaBackend(driver, choose_kernels("auto"))
 
 
 class CudaBackend:
@@ -75,7 +80,8 @@ class CudaBackend:
 
     def close(self) -> None:
         """Streams first: what they were given may be reading what comes after."""
-        self.driver.use()
+        with suppress(DeviceFailed):  # of a lost context nothing can be closed, but the threads end
+            self.driver.use()
         for stream in self._streams:
             stream.close()
         self._mappings.close()

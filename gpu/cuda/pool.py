@@ -51,9 +51,9 @@ class CudaPool:
         self._label = label(self.generation, self.layout, self.num_blocks, self.block_bytes)
         self._memory: DeviceMemory | None = DeviceMemory(driver, memory_size(spec.num_blocks, spec.block_bytes))
         self._bytes = self._memory.tensor()
-        self._stream = driver.create_stream(driver.priorities()[1])
+        self.stream = driver.create_stream(driver.priorities()[1])
         self._event = driver.create_event(interprocess=True)
-        driver.fill(self._memory.address, 0, self._memory.size, self._stream)
+        driver.fill(self._memory.address, 0, self._memory.size, self.stream)
         self._write_label(self._memory, self._label)
         self._export: PoolExport | None = None
 
@@ -79,7 +79,7 @@ class CudaPool:
         """The bytes of blocks that are complete, in pinned memory. Waits until they are there, not until other work is done."""
         blocks = self.blocks
         self._driver.use()
-        return self._mover.download(blocks, block_ids, self._stream)
+        return self._mover.download(blocks, block_ids, self.stream)
 
     def copy_from(self, src: Blocks, src_ids: Sequence[int], dst_ids: Sequence[int], checksums: Sequence[int]) -> Now[int]:
         check_copy(src, self, src_ids, dst_ids, checksums)
@@ -116,8 +116,8 @@ class CudaPool:
         self._driver.use()
         end = self.num_blocks * self.block_bytes
         tail = self._mover.pinned.take(memory.size - end)
-        self._driver.copy_to_host(tail, memory.address + end, self._stream)
-        self._driver.synchronize(self._stream)
+        self._driver.copy_to_host(tail, memory.address + end, self.stream)
+        self._driver.synchronize(self.stream)
         label_at = len(tail) - PAGE_BYTES
         if tail[label_at : label_at + LABEL_BYTES].tobytes() != self._label:
             raise BrokenPool(f"the last page of this {self.kind} pool was overwritten")
@@ -127,7 +127,7 @@ class CudaPool:
     def tell_readers(self) -> None:
         """Record that what was written until now is complete."""
         if self._memory is not None:
-            self._driver.record(self._event, self._stream)
+            self._driver.record(self._event, self.stream)
 
     def close(self) -> None:
         """Say to those who have it mapped that it is over, and let go. Tensors over it stay valid until they are dropped."""
@@ -135,11 +135,11 @@ class CudaPool:
         if memory is None:
             return
         self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._driver.use()
         with suppress(DeviceFailed):  # of a lost context nothing can be freed
+            self._driver.use()
             self._write_label(memory, NO_LABEL)
             self._driver.destroy_event(self._event)
-            self._driver.destroy_stream(self._stream)
+            self._driver.destroy_stream(self.stream)
 
     def _opened(self) -> DeviceMemory:
         if self._memory is None:
@@ -149,8 +149,8 @@ class CudaPool:
     def _write_label(self, memory: DeviceMemory, written: bytes) -> None:
         host = self._mover.pinned.take(LABEL_BYTES)
         host[:] = list(written)
-        self._driver.copy_to_device(memory.address + memory.size - PAGE_BYTES, host, self._stream)
-        self._driver.synchronize(self._stream)
+        self._driver.copy_to_device(memory.address + memory.size - PAGE_BYTES, host, self.stream)
+        self._driver.synchronize(self.stream)
 
 
 class CudaScratch:

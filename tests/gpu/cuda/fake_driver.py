@@ -58,6 +58,8 @@ class FakeDriver:
         self._borrowed: deque[HostBytes] = deque()
         self._failure: str | None = None
         self.calls: Counter[str] = Counter()
+        self.borrowed_for: list[tuple[int, ...]] = []
+        self.pinned_sizes: list[int] = []
 
     # --- for tests ----------------------------------------------------------------------------------------------------
 
@@ -96,6 +98,10 @@ class FakeDriver:
             self._failure = error
             self._state.notify_all()
 
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None
+
     def end(self) -> None:
         """As if the process had been killed: what was exported cannot be opened any more, what others have open stays."""
         with self._state:
@@ -130,6 +136,7 @@ class FakeDriver:
 
     def use(self) -> None:
         self._thread.uses = True
+        self._require()
 
     def free_bytes(self) -> int:
         self._require()
@@ -149,7 +156,7 @@ class FakeDriver:
         self._graves.append(shared)
 
     def allocate_host(self, size: int) -> int:
-        self.calls["allocate_host"] += 1
+        self.pinned_sizes.append(size)
         memory = np.full(size, 0xAA, np.uint8)
         self._host[memory.ctypes.data] = memory
         return int(memory.ctypes.data)
@@ -162,6 +169,7 @@ class FakeDriver:
 
     def borrow(self, size: int, streams: tuple[int, ...] = ()) -> Tensor:
         assert set(streams) <= set(self._streams)
+        self.borrowed_for.append(streams)
         memory = np.full(size, 0xBB, np.uint8)
         with self._state:  # torch keeps dropped memory until the streams have passed; here it is kept for long enough
             self._borrowed.append(memory)
@@ -265,6 +273,8 @@ class FakeDriver:
         shared.num_users -= 1
         if not shared.num_users:
             self._graves.append(self._opened.pop(address))
+        with self._state:
+            self._state.notify_all()
 
     def export_event(self, event: int) -> bytes:
         return self._events[event].shared.handle()
