@@ -85,6 +85,7 @@ class ServeConfig:
     """One process: the stages it hosts and everything they need."""
 
     roles: tuple[str, ...]
+    placement: Literal["apart", "together"]
     model: str
     served_model_name: str
     device: str
@@ -226,6 +227,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--max-patches", type=int, default=16384, help="image patches of one encode step")
     sizes.add_argument("--lease-s", type=float, default=30.0, help="how long a handle to unfetched bytes is kept")
 
+    link.add_argument(
+        "--placement",
+        choices=("apart", "together"),
+        default="apart",
+        help="apart: each stage of a request where it is done first; together: all on one worker, as far as that has the stages",
+    )
+
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-requests", type=int, default=256, help="requests at once; more are refused with 429")
     limits.add_argument(
@@ -281,6 +289,7 @@ def _serve_config(args: argparse.Namespace) -> ServeConfig:
     _check_ranges(args)
     return ServeConfig(
         roles=roles,
+        placement=args.placement,
         model=args.model,
         served_model_name=args.served_model_name,
         device=check_device(args.device) if args.command == "serve" else "cpu",

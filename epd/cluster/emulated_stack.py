@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from urllib.parse import parse_qs
 
 from epd.cluster.sizes import EMBEDDING_BLOCK_ROWS, Sizes
 from epd.cluster.stack import Report
 from epd.config import ServeConfig
 from epd.emulated.device import EmulatedDevice, Sharing
-from epd.emulated.profile import load_profile
+from epd.emulated.profile import load_profile, slowed
 from epd.emulated.runner import WORD_BYTES, EmulatedTextRunner, EmulatedVisionRunner
 from epd.errors import BadConfig
 from epd.model.config import ModelConfig
@@ -24,11 +25,11 @@ class EmulatedStack:
     embedding_width = 1
 
     def __init__(self, config: ServeConfig, model: ModelConfig) -> None:
-        path, _, sharing = config.device.removeprefix("emulated:").partition("?")
-        self._profile = profile = load_profile(path)
+        path, sharing, factor = _read(config.device)
+        self._profile = profile = slowed(load_profile(path), factor) if factor != 1.0 else load_profile(path)
         self._config = config
         self._model = model
-        self._device = EmulatedDevice(profile, _sharing(sharing))
+        self._device = EmulatedDevice(profile, sharing)
         times = CopyTimes(
             profile.copies.latency_s,
             profile.copies.bytes_per_s,
@@ -81,11 +82,17 @@ class EmulatedStack:
         self.backend.close()
 
 
-def _sharing(text: str) -> Sharing:
+def _read(device: str) -> tuple[str, Sharing, float]:
+    """emulated:PROFILE?sharing=NAME&slow=FACTOR"""
+    path, _, query = device.removeprefix("emulated:").partition("?")
+    options = {name: values[-1] for name, values in parse_qs(query, keep_blank_values=True).items()}
     try:
-        return Sharing(text) if text else Sharing.FUSED
-    except ValueError:
-        raise BadConfig(f"--device emulated:PROFILE?{text}: choose {' or '.join(Sharing)}") from None
+        sharing, factor = Sharing(options.pop("sharing", Sharing.FUSED)), float(options.pop("slow", "1"))
+    except ValueError as error:
+        raise BadConfig(f"--device {device}: {error}; sharing is {' or '.join(Sharing)}, slow a number") from None
+    if options or not 0 < factor < 1000:
+        raise BadConfig(f"--device {device}: the options are sharing={'|'.join(Sharing)} and slow=FACTOR above 0")
+    return path, sharing, factor
 
 
 def _host(pool: Pool) -> HostPool:

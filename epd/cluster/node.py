@@ -173,7 +173,7 @@ class Node:
         slo = Slo(ttft_s=config.observe.slo_ttft_s, tpot_s=config.observe.slo_tpot_s)
         observer = Observer(GatewayMetrics(slo), clock=clock)
         fleet = Fleet(
-            Placement(block_size=config.engine.block_size),
+            Placement(block_size=config.engine.block_size, together=config.placement == "together"),
             model=config.model,
             layout=mark,
             block_size=config.engine.block_size,

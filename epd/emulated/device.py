@@ -23,7 +23,7 @@ from epd.errors import InternalError
 
 
 class Sharing(StrEnum):
-    """What a device does when several stages wait for it."""
+    """What a device does when several stages wait for it. A stage that has it for itself is not affected."""
 
     PREFILL_FIRST = "prefill-first"  # encoding, then prompts, then tokens: each alone, as an engine without chunks would
     FUSED = "fused"  # prompt chunks and tokens in one batch (Sarathi-Serve, arXiv 2403.02310), images in turn with them

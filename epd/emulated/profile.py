@@ -94,6 +94,22 @@ def load_profile(path: str | Path) -> Profile:
     return profile
 
 
+def slowed(profile: Profile, factor: float) -> Profile:
+    """A device on which everything takes `factor` times as long: what a host can carry whose steps would come too fast."""
+
+    def curve(points: Curve) -> Curve:
+        return tuple((amount, seconds * factor) for amount, seconds in points)
+
+    text, vision, copies = profile.text, profile.vision, profile.copies
+    return msgspec.structs.replace(
+        profile,
+        source=f"{profile.source}; slowed down {factor:g} times",
+        text=TextCosts(curve(text.rows), text.pair_s * factor, text.context_s * factor),
+        vision=VisionCosts(curve(vision.patches), vision.pair_s * factor, curve(vision.preprocess)),
+        copies=CopyCosts(copies.latency_s * factor, copies.bytes_per_s / factor),
+    )
+
+
 def _check_curve(name: str, curve: Curve) -> None:
     amounts = [amount for amount, _ in curve]
     if len(curve) < 2 or any(after <= before for before, after in pairwise(amounts)):

@@ -46,6 +46,7 @@ from protocol.messages import (
 MAX_ENCODES = 5  # of one image in one attempt
 FIRST_BACKOFF_S = 0.02
 ABORT_TIMEOUT_S = 1.0
+LATE_TOKENS_S = 10.0  # for tokens to come after decode has said that it is done; a stage gives up sending them before that
 _log = Log("attempt")
 
 
@@ -105,6 +106,8 @@ class Attempt:
         self._num_delivered = 0  # images that prefill has taken
         self._timer: asyncio.TimerHandle | None = None
         self._is_finished = False
+        self._next_index = self._num_output + 1  # of the token that decode sends next
+        self._has_last = asyncio.Event()
 
     async def __aenter__(self) -> Attempt:
         loop = asyncio.get_running_loop()
@@ -199,15 +202,27 @@ class Attempt:
                 self._events.put_nowait(preempted)
             case Finished() as finished:
                 self._report(to, asked_s, finished.spans)
+                await self._await_tokens(finished.num_output_tokens)
             case other:
                 raise InternalError(f"decode answered {type(other).__name__}")
+
+    async def _await_tokens(self, num_output: int) -> None:
+        """Tokens travel by another way than the answer, and a mailbox that stays full may have cost the last of them."""
+        if self._next_index >= num_output:
+            return
+        try:
+            async with asyncio.timeout(LATE_TOKENS_S):
+                await self._has_last.wait()
+        except TimeoutError:
+            raise PeerLost(f"of {num_output} output tokens only {self._next_index} were delivered") from None
 
     async def _provide(self, index: int) -> None:
         """Have one image encoded and fetched by prefill; while that may help, encoded again elsewhere."""
         item = self._request.images[index].item
         avoid: set[WorkerId] = set()
         for attempt in range(1, MAX_ENCODES + 1):
-            async with self._stages.fleet.encoder(item, avoid=frozenset(avoid), timeout_s=self._time_left()) as encoder:
+            near, left = self._placed.prefill.worker, self._time_left()
+            async with self._stages.fleet.encoder(item, near=near, avoid=frozenset(avoid), timeout_s=left) as encoder:
                 try:
                     encoded = await self._encode(index, encoder)
                     await self._deliver(index, encoded, encoder)
@@ -267,7 +282,14 @@ class Attempt:
         return 0.0 if self._request.timeline is None else self._request.timeline.now()
 
     def _on_token(self, index: int, token: Token) -> None:
+        """They come in order, so that a gap will not be filled any more."""
+        if index > self._next_index:
+            self._events.put_nowait(PeerLost(f"output tokens {self._next_index} to {index - 1} were not delivered"))
+            return
+        self._next_index = index + 1
         self._events.put_nowait(OutputToken(index, token))
+        if token.finish_reason:
+            self._has_last.set()
 
     async def _abort(self, *stages: Address) -> None:
         message = Abort(request_id=self._request_id, epoch=self._epoch)

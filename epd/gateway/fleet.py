@@ -94,7 +94,7 @@ class Fleet(Actor):
         self._roles = STAGES if needs_encode else STAGES[1:]
         self._clock = clock
         self._observer = observer
-        observer.missing_roles = self.missing_roles
+        observer.watch_roles(self._roles, self.missing_roles)
         self._on_change = on_change
         self._members: dict[WorkerId, Member] = {}
         self._changed = asyncio.Event()
@@ -192,9 +192,11 @@ class Fleet(Actor):
         return await self._when_possible(choose, timeout_s)
 
     @asynccontextmanager
-    async def encoder(self, item: MMItem, *, avoid: frozenset[WorkerId], timeout_s: float) -> AsyncIterator[Endpoint]:
+    async def encoder(
+        self, item: MMItem, *, near: WorkerId, avoid: frozenset[WorkerId], timeout_s: float
+    ) -> AsyncIterator[Endpoint]:
         """An encode worker for one image, counted as busy with it meanwhile."""
-        assignment = await self._when_possible(lambda: self._placement.place_encode(item, avoid=avoid), timeout_s)
+        assignment = await self._when_possible(lambda: self._placement.place_encode(item, near=near, avoid=avoid), timeout_s)
         failed = True
         try:
             yield self._members[assignment.worker].endpoint

@@ -72,11 +72,13 @@ Cost = tuple[float, ...]
 class Placement:
     """One per gateway. Work is placed, and counted, by `place_*` and ended by `end`.
 
-    `avoid` names workers that have failed this work before: they are taken when nobody else is there.
+    `avoid` names workers that have failed this work before: they are taken when nobody else is there. `together`: a request stays
+    on the worker that prefills it, wherever that has the stage, as with engines that are not disaggregated.
     """
 
-    def __init__(self, *, block_size: int, max_images: int = 65_536, max_blocks: int = 262_144) -> None:
+    def __init__(self, *, block_size: int, together: bool = False, max_images: int = 65_536, max_blocks: int = 262_144) -> None:
         self._block_size = block_size
+        self._together = together
         self._members: dict[WorkerId, _Member] = {}
         self._caches = {"encode": CacheMemory(max_images), "prefill": CacheMemory(max_blocks), "decode": CacheMemory(max_blocks)}
 
@@ -107,8 +109,11 @@ class Placement:
 
     # --- decisions --------------------------------------------------------------------------------------------------
 
-    def place_encode(self, item: MMItem, *, avoid: Collection[WorkerId] = ()) -> Assignment:
+    def place_encode(self, item: MMItem, *, near: WorkerId | None = None, avoid: Collection[WorkerId] = ()) -> Assignment:
         """Where the image has been encoded or is being encoded, else where the fewest patches are outstanding.
+
+        Args:
+            near: where the request is prefilled.
 
         Raises:
             Unavailable: there is no worker; the other two raise it too.
@@ -117,6 +122,8 @@ class Placement:
         holders = self._caches["encode"].longest(keys)
 
         def cost(worker: WorkerId, stage: _Stage) -> Cost:
+            if self._together and worker != near:
+                return (2.0,)
             # An image that is there already does not queue behind others.
             return (0.0,) if worker in holders else (1.0, stage.estimate(stage.load.outstanding_patches))
 
@@ -130,7 +137,8 @@ class Placement:
         holders = self._caches["prefill"].longest(hashes)
 
         def cost(worker: WorkerId, stage: _Stage) -> Cost:
-            return (stage.estimate(stage.load.outstanding_tokens) - holders.get(worker, 0) * self._block_size,)
+            num_tokens_before = stage.estimate(stage.load.outstanding_tokens) - holders.get(worker, 0) * self._block_size
+            return (self._num_here(worker), num_tokens_before) if self._together else (num_tokens_before,)
 
         worker = self._cheapest("prefill", cost, avoid)
         num_known = holders.get(worker, 0)
@@ -155,7 +163,8 @@ class Placement:
             num_used = stage.estimate(load.num_blocks - load.num_free_blocks) + num_blocks - holders.get(worker, 0)
             # Before the first report nothing is known of the pool: as if it were empty.
             used_share = num_used / load.num_blocks if load.num_blocks else 0.0
-            return used_share > 1, (num_requests + 1) * (1 + used_share), worker != near
+            elsewhere = worker != near
+            return self._together and elsewhere, used_share > 1, (num_requests + 1) * (1 + used_share), elsewhere
 
         worker = self._cheapest("decode", cost, avoid)
         num_known = holders.get(worker, 0)
@@ -186,6 +195,10 @@ class Placement:
                     raise InternalError(f"placement: {worker} has {amount} outstanding in {role}, {stage.amount} are counted")
 
     # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _num_here(self, worker: WorkerId) -> int:
+        """Pieces of work that this worker has been given, in all of its stages."""
+        return sum(len(stage.given) for stage in self._members[worker].stages.values())
 
     def _cheapest(self, role: str, cost: Callable[[WorkerId, _Stage], Cost], avoid: Collection[WorkerId]) -> WorkerId:
         candidates = self.candidates(role)

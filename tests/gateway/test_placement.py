@@ -50,6 +50,26 @@ def a_placement(*views: WorkerView) -> Placement:
     return placement
 
 
+def test_together_a_request_stays_on_one_worker_and_requests_spread_by_number() -> None:
+    placement = Placement(block_size=BLOCK, together=True)
+    placement.update([view(name, "encode", "prefill", "decode", running=7 * (name == "w2")) for name in ("w1", "w2")])
+    first = placement.place_prefill([], 900)
+    assert placement.place_decode([], 900, near=first.worker).worker == first.worker
+    assert {placement.place_encode(an_image(f"i{n}"), near=first.worker).worker for n in range(3)} == {first.worker}
+    second = placement.place_prefill([], 10)
+    assert second.worker != first.worker
+    assert placement.place_decode([], 10, near=second.worker).worker == second.worker
+    # an image that is cached on the other worker is encoded again
+    assert placement.place_encode(an_image("i0"), near=second.worker).worker == second.worker
+
+
+def test_together_goes_elsewhere_for_a_stage_that_the_worker_does_not_have() -> None:
+    placement = Placement(block_size=BLOCK, together=True)
+    placement.update([view("p", "prefill"), view("d", "decode"), view("e", "encode")])
+    assert placement.place_decode([], 10, near=WorkerId("p")).worker == "d"
+    assert placement.place_encode(an_image("i"), near=WorkerId("p")).worker == "e"
+
+
 # --- encode -------------------------------------------------------------------------------------------------------------
 
 
