@@ -34,7 +34,7 @@ class Outbox:
             while items := self._pending.pop(gateway, None):
                 await self._actor.system.tell(gateway, TokenStep(tuple(items)))
         except EpdError as error:
-            # Its requests have lost their asker, which aborts them here.
+            # Their requests end at the gateway, which misses them. If it has gone, its links abort them here.
             _log.warning("tokens were not delivered", gateway=gateway.worker, reason=error.message)
             self._pending.pop(gateway, None)
         finally:

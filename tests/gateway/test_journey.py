@@ -12,10 +12,11 @@ import pytest
 
 from epd.errors import BadImage, DeadlineExceeded, InternalError
 from epd.gateway.journey import State
+from epd.microkernel.actor import Mail
 from epd.request import GenerateRequest
 from epd.timeline import Timeline
 from gpu.errors import DeviceFailed
-from protocol.messages import RequestId
+from protocol.messages import RequestId, TokenStep
 from tests.support.stages import expected_tokens, with_images
 from tests.support.systems import until
 from tests.support.world import World, together, world
@@ -143,6 +144,27 @@ async def test_a_lost_worker_costs_no_token(role: str, after: int) -> None:
                     busy = [name for name, stage in made.decode.items() if not stage.actor.is_idle()]
                     await made.lose(busy[0] if role == "decode" and busy else f"{role[0]}0")
         assert got == due
+
+
+@pytest.mark.parametrize("lost", [2, 5, 11], ids=["second", "inner", "last"])
+async def test_tokens_that_are_not_delivered_are_missed(lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mailbox of the gateway stays full once: the step's tokens are dropped, with those of all other requests."""
+    monkeypatch.setattr("epd.gateway.attempt.LATE_TOKENS_S", 0.05)
+    async with world(MANY) as made:
+        original = made.router.receive
+        dropped: list[int] = []
+
+        async def receive(mail: Mail) -> None:
+            assert isinstance(mail.message, TokenStep)
+            indexes = [index for _, epoch, index, _ in mail.message.tokens if epoch == 1]
+            if lost in indexes:
+                dropped.extend(indexes)
+                return
+            await original(mail)
+
+        monkeypatch.setattr(made.router, "receive", receive)
+        assert await made.run(made.request(PROMPT, 12)) == expected_tokens(PROMPT, 12)
+        assert lost in dropped
 
 
 async def test_a_lost_encode_worker_costs_no_image() -> None:
