@@ -20,7 +20,7 @@ RUN_READY := $(VENV)/.ready-run-$(DEVICE_KIND)
 TEST_READY := $(VENV)/.ready-test-$(DEVICE_KIND)
 JOBS ?= 2
 
-.PHONY: help run-cluster test lint bench eval clean
+.PHONY: help run-cluster test check-deploy lint bench eval clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -32,6 +32,11 @@ run-cluster: $(RUN_READY)  ## serve MODEL on PORT with ENCODE, PREFILL and DECOD
 
 test: lint  ## the whole suite: lint, types, layers, tests (JOBS processes)
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+check-deploy: $(TEST_READY)  ## deploy/: alert rules and dashboard against a real Prometheus (needs its binaries)
+	@for name in promtool prometheus; do command -v $$name >/dev/null || { echo "check-deploy needs $$name, which is not here: install it with" \
+		"'sudo apt-get install prometheus', or from https://prometheus.io/download, and run this again" >&2; exit 1; }; done
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/deploy/check_prometheus.py $(PYTEST_ARGS)
 
 lint: $(TEST_READY)  ## ruff, strict mypy and the layer contracts
 	@$(BIN)/ruff check

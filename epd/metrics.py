@@ -76,6 +76,7 @@ class GatewayMetrics:
         self.recovery_s = Histogram(
             "epd_recovery_seconds", "From an attempt's end to the choice's next token", buckets=SECONDS, registry=registry
         )
+        self.needed = Gauge("epd_workers_needed", "1 for stages that requests need a worker of", ["role"], registry=registry)
         self.joined = Counter("epd_workers_joined", "Workers taken in, by stage", ["role"], registry=registry)
         self.lost = Counter("epd_workers_lost", "Workers whose link was lost, by stage", ["role"], registry=registry)
         self.left = Counter("epd_workers_left", "Workers that said goodbye, by stage", ["role"], registry=registry)
@@ -101,6 +102,7 @@ class GatewayMetrics:
 
     def _begin_at_zero(self) -> None:
         for role in STAGES:
+            self.needed.labels(role)
             for counter in (self.joined, self.lost, self.left):
                 counter.labels(role)
         for reason in REFUSALS:

@@ -17,7 +17,7 @@ from epd.errors import EpdError, Overloaded
 from epd.exposition import MemberLoad
 from epd.gateway.alerts import Alerts, Signals
 from epd.gateway.history import MOMENT_S, History, RequestRecord
-from epd.metrics import CLIENT_ERRORS, GatewayMetrics
+from epd.metrics import CLIENT_ERRORS, STAGES, GatewayMetrics
 from epd.request import Delta, GenerateRequest
 from epd.timeline import Timeline
 from protocol.messages import StageLoad, WorkerId
@@ -28,15 +28,15 @@ Trace = Callable[[GenerateRequest, RequestRecord], None]
 
 
 class Observer:
-    """One per gateway. `missing_roles` asks the fleet which stages nobody can be given work of."""
+    """One per gateway."""
 
     def __init__(self, metrics: GatewayMetrics, *, clock: Clock, trace: Trace | None = None) -> None:
         self.metrics = metrics
         self.history = History(metrics.latencies, now=clock(), num_tokens=lambda: metrics.num_generation_tokens)
         self.alerts = Alerts()
-        self.missing_roles: Callable[[], Sequence[str]] = tuple
         self._clock = clock
         self._trace = trace
+        self._missing_roles: Callable[[], Sequence[str]] = tuple
         self._members: dict[WorkerId, MemberLoad] = {}
         self._lost: dict[WorkerId, float] = {}  # when, until it is back
         self._faults = _Faults()
@@ -78,6 +78,13 @@ class Observer:
         self.metrics.recovery_s.observe(seconds)
 
     # --- workers ----------------------------------------------------------------------------------------------------
+
+    def watch_roles(self, needed: Iterable[str], missing: Callable[[], Sequence[str]]) -> None:
+        """Which stages requests need a worker of, and whom to ask which of them nobody can be given work of."""
+        needed = frozenset(needed)
+        for role in STAGES:
+            self.metrics.needed.labels(role).set(role in needed)
+        self._missing_roles = missing
 
     def joined(self, worker: WorkerId, roles: Iterable[str]) -> None:
         roles, now = tuple(roles), self._clock()
@@ -153,7 +160,7 @@ class Observer:
         points = {name: [moment.stages[name] for moment in moments if name in moment.stages] for name, _ in stages}
         seen_long = {name: seen for name, seen in points.items() if is_long and len(seen) == len(moments)}
         return Signals(
-            missing_roles=tuple(self.missing_roles()),
+            missing_roles=tuple(self._missing_roles()),
             lost_workers=tuple(self._lost),
             num_judged=sum(moment.num_judged for moment in moments),
             num_ttft_missed=sum(moment.num_ttft_missed for moment in moments),

@@ -116,7 +116,6 @@ def test_what_counts_for_goodput(ttft_s: float, gap_s: float, outcome: str, judg
 def test_refusals_are_counted_by_limit_and_alert_when_there_are_many() -> None:
     clock = FakeClock()
     observer = _observer(clock)
-    observer.missing_roles = tuple
     for _ in range(20):
         observer.refused(Overloaded("full", limit="max_requests"), clock())
     assert _value(observer, 'epd_request_refusals_total{reason="max_requests"}') == 20
