@@ -29,6 +29,8 @@ _FACTOR = 0xD6E8FEB86659FD93
 class TorchKernels:
     """`gpu.cuda.kernels.Kernels`, for tests and for models on the CPU. Reads device values: no graph can be captured of it."""
 
+    name = "torch"
+
     def warm_up(self, geometry: Geometry, device: torch.device) -> None:
         """There is nothing to compile."""
 
