@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from epd.errors import BadConfig, BadImage
 from epd.model.config import load_model_config
 from epd.model.preprocess import image_grid, num_image_tokens
 from epd.model.runner import TextModelRunner, VisionModelRunner
-from epd.step import ImageInput, StepPlan
+from epd.step import PENDING, ImageInput, SequenceStep, StepPlan
 from gpu.backend import open_backend
 from gpu.pool import PoolSpec
-from protocol.messages import Sampling, Token
+from protocol.messages import RequestId, Sampling, Token
 from tests.model.reference import CASE_NAMES, VL_NAMES, Engine, Model, Running, encode, png
 
 ModelOf = Callable[[str], Model]
@@ -70,6 +71,37 @@ def test_two_runners_share_one_model(model_of: ModelOf, open_engine: OpenEngine)
     _run([first], engine.runner, until=1)
     _run([first], other, until=5)  # prefill by one, decode by the other
     assert _ids(first.output) == expected
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), SAMPLED], ids=["greedy", "sampled"])
+def test_a_token_may_be_fed_before_it_is_known(sampling: Sampling, model_of: ModelOf, open_engine: OpenEngine) -> None:
+    """Two requests; every second step of theirs is described before the one before it has been executed."""
+    model = model_of("qwen3-gqa4-tied")
+    engine = open_engine(model)
+    prompts = [model.prompt(seed, length=5 + seed) for seed in range(2)]
+    expected = [_ids(engine.generate(prompt, sampling, num_tokens=7)) for prompt in prompts]
+    running = [engine.sequence(prompt, sampling, num_tokens=7) for prompt in prompts]
+    _run(running, engine.runner, until=1)
+    for _ in range(3):
+        known = StepPlan(tuple(_named(each, number) for number, each in enumerate(running)))
+        for each in running:
+            each.take(Token(PENDING))
+        ahead = StepPlan(tuple(_named(each, number) for number, each in reversed(list(enumerate(running)))))
+        for each, token in zip(running, engine.runner.execute(known).tokens, strict=True):
+            assert token is not None
+            each.output[-1] = token
+        for each, token in zip(reversed(running), engine.runner.execute(ahead).tokens, strict=True):
+            each.take(token)
+    assert [_ids(each.output) for each in running] == expected
+
+
+def test_a_token_that_the_last_step_did_not_draw_cannot_be_fed(model_of: ModelOf, open_engine: OpenEngine) -> None:
+    engine = open_engine(model_of("qwen3-gqa4-tied"))
+    running = engine.sequence(engine.model.prompt(1), num_tokens=5)
+    _run([running], engine.runner, until=1)
+    running.output[-1] = Token(PENDING)
+    with pytest.raises(ValueError, match="a token that the last step did not draw"):
+        engine.runner.execute(StepPlan((_named(running, 1),)))
 
 
 def test_threads_change_nothing(model_of: ModelOf, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +169,10 @@ def _image(model: Model, data: bytes) -> ImageInput:
     assert model.config.image is not None
     grid = image_grid(data, model.config.image)
     return ImageInput("image", data, grid, num_image_tokens(grid, model.config.image.merge_size))
+
+
+def _named(running: Running, number: int) -> SequenceStep:
+    return replace(running.step(10_000), request_id=RequestId(f"r{number}"))
 
 
 def _run(running: Sequence[Running], runner: TextModelRunner, *, until: int) -> None:
