@@ -40,8 +40,9 @@ class CupyDriver:
             num_multiprocessors=properties.multi_processor_count,
             total_bytes=properties.total_memory,
         )
-        probe = self._call(self._runtime.streamCreateWithPriority, self._runtime.streamNonBlocking, _BELOW_ALL_PRIORITIES)
-        self._greatest_priority = int(self._call(self._runtime.streamGetPriority, probe))
+        self._lent_streams: dict[int, torch.cuda.Stream] = {}
+        probe = self.create_stream(_BELOW_ALL_PRIORITIES)
+        self._greatest_priority = int(self._torch_stream(probe).priority)
         self.destroy_stream(probe)
 
     def use(self) -> None:
@@ -102,10 +103,16 @@ class CupyDriver:
         return 0, self._greatest_priority
 
     def create_stream(self, priority: int) -> int:
-        return int(self._call(self._runtime.streamCreateWithPriority, self._runtime.streamNonBlocking, priority))
+        """CuPy has priorities from version 14. Before, it is one of the 32 streams that torch has of each of its four priorities."""
+        if hasattr(self._runtime, "streamCreateWithPriority"):
+            return int(self._call(self._runtime.streamCreateWithPriority, self._runtime.streamNonBlocking, priority))
+        lent = torch.cuda.Stream(self.torch_device, priority)  # type: ignore[no-untyped-call]
+        self._lent_streams[int(lent.cuda_stream)] = lent
+        return int(lent.cuda_stream)
 
     def destroy_stream(self, stream: int) -> None:
-        self._call(self._runtime.streamDestroy, stream)
+        if self._lent_streams.pop(stream, None) is None:
+            self._call(self._runtime.streamDestroy, stream)
 
     @contextmanager
     def on_stream(self, stream: int) -> Iterator[None]:

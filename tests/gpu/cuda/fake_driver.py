@@ -147,6 +147,7 @@ class FakeDriver:
         if size > (free := self.free_bytes()):
             raise OutOfMemory(size, free)
         shared = _Shared.make(size)
+        shared.memory[:] = 0xCC
         self._own[shared.address] = shared
         return shared.address
 
@@ -308,18 +309,23 @@ class FakeDriver:
 
 
 class InOrderKernels(TorchKernels):
-    """The kernels that move blocks, on the fake's streams: they run when the stream comes to them, not when they are launched."""
+    """The kernels that move blocks, on the fake's streams: they run when the stream comes to them, not when they are launched.
+
+    As on a device, what was launched keeps no memory alive.
+    """
 
     def __init__(self, driver: FakeDriver) -> None:
         self._driver = driver
 
     def copy_blocks(self, src: Tensor, src_ids: Tensor, dst: Tensor, dst_ids: Tensor, sums: Tensor | None) -> None:
         launch = super().copy_blocks
-        self._driver.enqueue(self._driver.current_stream(), lambda: launch(src, src_ids, dst, dst_ids, sums))
+        unowned = [None if each is None else _unowned(each) for each in (src, src_ids, dst, dst_ids, sums)]
+        self._driver.enqueue(self._driver.current_stream(), lambda: launch(*unowned))  # type: ignore[arg-type]
 
     def hash_blocks(self, src: Tensor, ids: Tensor, sums: Tensor) -> None:
         launch = super().hash_blocks
-        self._driver.enqueue(self._driver.current_stream(), lambda: launch(src, ids, sums))
+        unowned = [_unowned(each) for each in (src, ids, sums)]
+        self._driver.enqueue(self._driver.current_stream(), lambda: launch(*unowned))
 
 
 @dataclass
@@ -401,6 +407,11 @@ class _Event:
     def counts(self) -> npt.NDArray[np.uint64]:
         """How often it was recorded, and the last of these that was reached."""
         return self.shared.memory[:_EVENT_BYTES].view(np.uint64)
+
+
+def _unowned(tensor: Tensor) -> Tensor:
+    assert tensor.is_contiguous()
+    return torch.from_numpy(_bytes(tensor.data_ptr(), tensor.nbytes)).view(tensor.dtype).view(tensor.shape)
 
 
 def _bytes(address: int, size: int, owner: object = None) -> HostBytes:
