@@ -103,7 +103,7 @@ class CupyDriver:
         return 0, self._greatest_priority
 
     def create_stream(self, priority: int) -> int:
-        """CuPy has priorities from version 14. Before, it is one of the 32 streams that torch has of each of its four priorities."""
+        """CuPy has priorities from version 14. Before, it is one of the 32 streams that torch has of each of four priorities."""
         if hasattr(self._runtime, "streamCreateWithPriority"):
             return int(self._call(self._runtime.streamCreateWithPriority, self._runtime.streamNonBlocking, priority))
         lent = torch.cuda.Stream(self.torch_device, priority)  # type: ignore[no-untyped-call]
