@@ -28,9 +28,10 @@ from gpu.pool import PoolSpec
 from protocol.messages import RequestId, Sampling
 from tools.bench.rows import Row, make_row
 from tools.loadgen.client import Client, open_session
+from tools.loadgen.lengths import Lengths
 from tools.loadgen.load import run_closed_loop
 from tools.loadgen.stats import Summary, summarise
-from tools.loadgen.workload import WorkloadSpec, draw_request
+from tools.loadgen.workload import WorkloadSpec, draw_chat
 from tools.servers import epd_command, free_port, running_server, thread_environment
 
 _STREAMS = (1, 32)
@@ -109,19 +110,18 @@ async def _measure_endpoint() -> dict[int, Summary]:
 
 
 async def _measure(client: Client, model: str, num_streams: int) -> Summary:
-    spec = WorkloadSpec(model=model, prompt_words=(4, 8), max_tokens=(_MAX_TOKENS, _MAX_TOKENS), ignore_eos=True)
+    spec = WorkloadSpec(model=model, prompt_words=Lengths(4, 8), output_tokens=Lengths(_MAX_TOKENS, _MAX_TOKENS), ignore_eos=True)
     num_requests = num_streams * _REQUESTS_PER_STREAM[num_streams]
     for is_warm in (False, True):
-        draw = partial(draw_request, replace(spec, seed=num_streams + 100 * is_warm))
+        draw = partial(draw_chat, replace(spec, seed=num_streams + 100 * is_warm))
         count = num_requests if is_warm else num_streams
         with tqdm(total=count, desc=f"  {num_streams} streams", unit="req", file=sys.stderr, disable=not is_warm) as bar:
             run = await run_closed_loop(
                 client,
                 draw,
                 concurrency=num_streams,
-                num_requests=count,
-                duration_s=None,
+                num_chats=count,
                 clock=time.perf_counter,
                 progress=lambda record, bar=bar: bar.update() and None,  # type: ignore[misc]
             )
-    return summarise(run.records, wall_s=run.wall_s, loop_lags_s=run.loop_lags_s)
+    return summarise(run)

@@ -19,9 +19,10 @@ from tqdm import tqdm
 from tools.bench.checkpoint import qwen3_checkpoint
 from tools.bench.rows import Row, make_row
 from tools.loadgen.client import Client, open_session
+from tools.loadgen.lengths import Lengths
 from tools.loadgen.load import run_closed_loop
 from tools.loadgen.stats import Summary, summarise
-from tools.loadgen.workload import WorkloadSpec, draw_request
+from tools.loadgen.workload import WorkloadSpec, draw_chat
 from tools.servers import epd_command, free_port, running_server, thread_environment, transformers_command
 
 _NUM_USERS = 8
@@ -34,7 +35,7 @@ def run() -> list[Row]:
     """Rows of the comparison; takes several minutes."""
     num_threads = min(2, len(os.sched_getaffinity(0)))
     model = str(qwen3_checkpoint())
-    spec = WorkloadSpec(model=model, prompt_words=(10, 40), max_tokens=(16, 48), expect_length=True)
+    spec = WorkloadSpec(model=model, prompt_words=Lengths(10, 40), output_tokens=Lengths(16, 48), expect_length=True)
     epd, peer = asyncio.run(_compare(spec, num_threads))
     return rows(epd, peer, num_threads)
 
@@ -78,24 +79,22 @@ async def _compare(spec: WorkloadSpec, num_threads: int) -> tuple[Summary, Summa
 async def _measure(name: str, port: int, spec: WorkloadSpec) -> Summary:
     async with open_session() as session:
         client = Client(session, f"http://127.0.0.1:{port}/v1", timeout_s=1200.0, clock=time.perf_counter)
-        warmup = replace(spec, seed=1, max_tokens=(4, 4))
+        warmup = replace(spec, seed=1, output_tokens=Lengths(4, 4))
         await run_closed_loop(
             client,
-            partial(draw_request, warmup),
+            partial(draw_chat, warmup),
             concurrency=_NUM_WARMUP,
-            num_requests=_NUM_WARMUP,
-            duration_s=None,
+            num_chats=_NUM_WARMUP,
             clock=time.perf_counter,
         )
         with tqdm(total=_NUM_REQUESTS, desc=f"  {name}", unit="req", file=sys.stderr) as bar:
             run = await run_closed_loop(
                 client,
-                partial(draw_request, spec),
+                partial(draw_chat, spec),
                 concurrency=_NUM_USERS,
-                num_requests=_NUM_REQUESTS,
-                duration_s=None,
+                num_chats=_NUM_REQUESTS,
                 clock=time.perf_counter,
                 progress=lambda record: bar.update() and None,
                 stagger_s=_STAGGER_S,
             )
-    return summarise(run.records, wall_s=run.wall_s, loop_lags_s=run.loop_lags_s)
+    return summarise(run)

@@ -1,41 +1,65 @@
 """Drives the load: a closed loop of N users, or an open loop of given arrival times. Collects the records.
 
-Requests are drawn ahead in a thread, so that drawing images takes no time from sending. How late this program itself was is part
-of the result: `Run.loop_lags_s` and the `sent_s - scheduled_s` of each record.
+Chats are drawn ahead in a thread, so that drawing images takes no time from sending. How late this program itself was is part of
+the result: `Run.loop_lags_s`, `Run.cpu_s` and the `sent_s - scheduled_s` of each record.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tools.loadgen.stream import Record
-from tools.loadgen.workload import LoadRequest
+from tools.loadgen.stream import OK, Record
+from tools.loadgen.workload import Chat, LoadRequest
 
 _LAG_PROBE_S = 0.02
 _DRAWN_AHEAD = 64
 
 Clock = Callable[[], float]
-Draw = Callable[[int], LoadRequest]
+Draw = Callable[[int], Chat]
 Progress = Callable[[Record], None]
+Sleep = Callable[[float], Awaitable[None]]
 
 
 class Asker(Protocol):
     """What sends a request: tools.loadgen.client.Client."""
 
-    async def ask(self, request: LoadRequest, scheduled_s: float | None = None) -> Record: ...
+    async def ask(self, request: LoadRequest, scheduled_s: float | None = None, *, keeps_text: bool = False) -> Record: ...
+
+    def cut_off(self) -> None: ...
+
+    def reopen(self) -> None: ...
 
 
 @dataclass(slots=True)
 class Run:
-    """All that was measured. `wall_s` runs from the start to the end of the last request."""
+    """All that was measured, from `start_s` to `end_s`, when the last request had ended."""
 
+    start_s: float = 0.0
+    end_s: float = 0.0
+    started_at: float = 0.0  # unix time
     records: list[Record] = field(default_factory=list)
-    wall_s: float = 0.0
     loop_lags_s: list[float] = field(default_factory=list)
+    cpu_s: float = 0.0  # of this process, all threads
+    was_cut: bool = False  # ended by `Limits.stop` or `Limits.drain_s`
+
+    @property
+    def wall_s(self) -> float:
+        return self.end_s - self.start_s
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What ends a run early, beside the end of its chats."""
+
+    duration_s: float | None = None  # no chat starts after it
+    drain_s: float | None = None  # for requests that run when the last chat has started; then they are cut off
+    stop: asyncio.Event | None = None  # set: no chat starts any more, and what runs is cut off
 
 
 async def run_closed_loop(
@@ -43,71 +67,139 @@ async def run_closed_loop(
     draw: Draw,
     *,
     concurrency: int,
-    num_requests: int | None,
-    duration_s: float | None,
-    clock: Clock,
+    num_chats: int | None = None,
+    limits: Limits | None = None,
+    clock: Clock = time.perf_counter,
     progress: Progress = lambda record: None,
     stagger_s: float = 0.0,
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    sleep: Sleep = asyncio.sleep,
 ) -> Run:
-    """`concurrency` users, each of whom asks again as soon as the answer before is there; user i comes after i * `stagger_s`.
+    """`concurrency` users, each of whom begins another chat as soon as the one before is over; user i comes after
+    i * `stagger_s`.
 
-    No request starts after `num_requests` of them or after `duration_s`; those that run then are waited for.
+    No chat starts after `num_chats` of them or after the duration; those that run then are waited for.
     """
-    run = Run()
-    indexes: Iterator[int] = itertools.count() if num_requests is None else iter(range(num_requests))
-    async with _Drawer(draw, indexes, max(_DRAWN_AHEAD, concurrency)) as next_request, _LagProbe(run, clock):
-        start_s = clock()
+    limits = limits or Limits()
+    indexes: Iterator[int] = itertools.count() if num_chats is None else iter(range(num_chats))
+    async with _Drawer(draw, indexes, max(_DRAWN_AHEAD, concurrency)) as next_chat, _measured(client, limits, clock) as run:
 
         async def user(number: int) -> None:
             await sleep(number * stagger_s)
-            while duration_s is None or clock() - start_s < duration_s:
-                request = await next_request()
-                if request is None:
+            while not _is_over(run, limits, clock):
+                chat = await next_chat()
+                if chat is None:
                     return
-                record = await client.ask(request)
-                run.records.append(record)
-                progress(record)
+                await _converse(client, chat, None, run, limits, clock, progress, sleep)
 
         async with asyncio.TaskGroup() as users:
             for number in range(concurrency):
                 users.create_task(user(number), name=f"user-{number}")
-        run.wall_s = clock() - start_s
+            if limits.duration_s is not None and limits.drain_s is not None:
+                asyncio.get_running_loop().call_later(limits.duration_s + limits.drain_s, _cut, client, run)
     return run
 
 
 async def run_open_loop(
     client: Asker,
     draw: Draw,
-    arrivals: Iterable[float],
+    arrivals: Sequence[float],
     *,
-    clock: Clock,
+    limits: Limits | None = None,
+    clock: Clock = time.perf_counter,
     progress: Progress = lambda record: None,
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    sleep: Sleep = asyncio.sleep,
 ) -> Run:
-    """Request i is sent `arrivals[i]` seconds after the start, however many are still running, and is timed from then."""
-    run = Run()
-    due_times = list(arrivals)
-    async with _Drawer(draw, iter(range(len(due_times))), _DRAWN_AHEAD) as next_request, _LagProbe(run, clock):
-        start_s = clock()
+    """Chat i begins `arrivals[i]` seconds after the start, however many are still running, and is timed from then.
 
-        async def send(request: LoadRequest, scheduled_s: float) -> None:
-            record = await client.ask(request, scheduled_s)
-            run.records.append(record)
-            progress(record)
+    A later turn of a chat is due when its user has thought, and is timed from then.
+    """
+    limits = limits or Limits()
+    async with _Drawer(draw, iter(range(len(arrivals))), _DRAWN_AHEAD) as next_chat, _measured(client, limits, clock) as run:
 
-        async with asyncio.TaskGroup() as requests:
-            for due_s in due_times:
-                request = await next_request()
-                assert request is not None
-                await sleep(max(0.0, start_s + due_s - clock()))  # also when late: the requests before this one must get out
-                requests.create_task(send(request, start_s + due_s), name=f"request-{request.index}")
-        run.wall_s = clock() - start_s
+        async def send(chat: Chat, due_s: float) -> None:
+            await _converse(client, chat, due_s, run, limits, clock, progress, sleep)
+
+        async with asyncio.TaskGroup() as chats:
+            for arrival_s in arrivals:
+                chat = await next_chat()
+                assert chat is not None
+                due_s = run.start_s + arrival_s
+                await sleep(max(0.0, due_s - clock()))  # also when late: the requests before this one must get out
+                if _is_over(run, limits, clock, due_s):
+                    break
+                chats.create_task(send(chat, due_s), name=f"chat-{chat.index}")
+            if limits.drain_s is not None:
+                asyncio.get_running_loop().call_later(limits.drain_s, _cut, client, run)
     return run
 
 
+async def _converse(
+    client: Asker, chat: Chat, due_s: float | None, run: Run, limits: Limits, clock: Clock, progress: Progress, sleep: Sleep
+) -> None:
+    """All turns of a chat, or as many as succeed."""
+    answers: list[str] = []
+    for number, turn in enumerate(chat.turns):
+        if number:
+            await sleep(turn.think_s)
+            if _is_over(run, limits, clock):
+                return
+        is_last = number == len(chat.turns) - 1
+        record = await client.ask(chat.request(answers), due_s, keeps_text=not is_last)
+        run.records.append(record)
+        progress(record)
+        if is_last or record.outcome != OK or run.was_cut:
+            return
+        answers.append(record.text)
+        due_s = record.end_s + chat.turns[number + 1].think_s
+
+
+def _is_over(run: Run, limits: Limits, clock: Clock, due_s: float | None = None) -> bool:
+    if run.was_cut:
+        return True
+    at_s = clock() if due_s is None else due_s
+    return limits.duration_s is not None and at_s - run.start_s >= limits.duration_s
+
+
+def _cut(client: Asker, run: Run) -> None:
+    if not run.end_s:
+        run.was_cut = True
+        client.cut_off()
+
+
+@asynccontextmanager
+async def _measured(client: Asker, limits: Limits, clock: Clock) -> AsyncIterator[Run]:
+    """A run from its start to its end, with how late the event loop was meanwhile."""
+    run = Run(started_at=time.time())
+    client.reopen()
+
+    async def probe_lag() -> None:
+        """The time by which a short sleep overshoots."""
+        while True:
+            before_s = clock()
+            await asyncio.sleep(_LAG_PROBE_S)
+            run.loop_lags_s.append(max(0.0, clock() - before_s - _LAG_PROBE_S))
+
+    async def watch_stop(stop: asyncio.Event) -> None:
+        await stop.wait()
+        _cut(client, run)
+
+    helpers = [asyncio.create_task(probe_lag(), name="lag-probe")]
+    if limits.stop is not None:
+        helpers.append(asyncio.create_task(watch_stop(limits.stop), name="stop"))
+    cpu_before_s = time.process_time()
+    run.start_s = clock()
+    try:
+        yield run
+        run.end_s = clock()
+        run.cpu_s = time.process_time() - cpu_before_s
+    finally:
+        for helper in helpers:
+            helper.cancel()
+        await asyncio.gather(*helpers, return_exceptions=True)
+
+
 class _Drawer:
-    """Hands out the requests in order, None after the last one; draws up to `ahead` of them before they are asked for.
+    """Hands out the chats in order, None after the last one; draws up to `ahead` of them before they are asked for.
 
     Entering waits for the first ones, so that the start of a run is not spent on drawing.
     """
@@ -115,10 +207,10 @@ class _Drawer:
     def __init__(self, draw: Draw, indexes: Iterator[int], ahead: int) -> None:
         self._draw = draw
         self._indexes = indexes
-        self._drawn: asyncio.Queue[LoadRequest | Exception | None] = asyncio.Queue(ahead)
+        self._drawn: asyncio.Queue[Chat | Exception | None] = asyncio.Queue(ahead)
         self._is_ahead = asyncio.Event()
 
-    async def __aenter__(self) -> Callable[[], Awaitable[LoadRequest | None]]:
+    async def __aenter__(self) -> Callable[[], Awaitable[Chat | None]]:
         self._task = asyncio.create_task(self._fill(), name="drawer")
         await self._is_ahead.wait()
         return self._next
@@ -129,10 +221,10 @@ class _Drawer:
 
     async def _fill(self) -> None:
         for index in self._indexes:
-            drawn: LoadRequest | Exception
+            drawn: Chat | Exception
             try:
                 drawn = await asyncio.to_thread(self._draw, index)
-            except Exception as error:  # raised where the request is asked for
+            except Exception as error:  # raised where the chat is asked for
                 drawn = error
             if self._drawn.full():
                 self._is_ahead.set()
@@ -141,29 +233,8 @@ class _Drawer:
         while True:  # every user meets the end
             await self._drawn.put(None)
 
-    async def _next(self) -> LoadRequest | None:
+    async def _next(self) -> Chat | None:
         drawn = await self._drawn.get()
         if isinstance(drawn, Exception):
             raise drawn
         return drawn
-
-
-class _LagProbe:
-    """Measures how late this program's own event loop is: the time by which a short sleep overshoots."""
-
-    def __init__(self, run: Run, clock: Clock) -> None:
-        self._run = run
-        self._clock = clock
-
-    async def __aenter__(self) -> None:
-        self._task = asyncio.create_task(self._probe(), name="lag-probe")
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _probe(self) -> None:
-        while True:
-            before_s = self._clock()
-            await asyncio.sleep(_LAG_PROBE_S)
-            self._run.loop_lags_s.append(max(0.0, self._clock() - before_s - _LAG_PROBE_S))

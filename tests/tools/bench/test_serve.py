@@ -4,11 +4,12 @@ import pytest
 
 from tools.bench.rows import meets_bar
 from tools.bench.serve import rows
+from tools.loadgen.load import Run
 from tools.loadgen.stats import Summary, summarise
 from tools.loadgen.stream import Record
 
 
-def summary(gap_s: float, *, outcome: str = "ok") -> Summary:
+def summary(gap_s: float, *, reason: str = "") -> Summary:
     times_s = [1.0 + gap_s * index for index in range(11)]
     record = Record(
         index=0,
@@ -16,11 +17,12 @@ def summary(gap_s: float, *, outcome: str = "ok") -> Summary:
         sent_s=0.0,
         piece_times_s=times_s,
         end_s=times_s[-1],
-        outcome=outcome,
+        outcome="failed" if reason else "ok",
+        reason=reason,
         output_tokens=11,
         has_usage=True,
     )
-    return summarise([record], wall_s=times_s[-1])
+    return summarise(Run(0.0, times_s[-1], records=[record]))
 
 
 def test_the_comparison() -> None:
@@ -36,4 +38,4 @@ def test_the_comparison() -> None:
 
 def test_runs_with_failures_are_not_compared() -> None:
     with pytest.raises(RuntimeError, match="transformers serve: 0 of 1"):
-        rows(summary(0.1), summary(0.1, outcome="wrong_length"), 2)
+        rows(summary(0.1), summary(0.1, reason="wrong_length"), 2)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import random
 import socket
 
@@ -21,6 +22,7 @@ from tests.tools.loadgen.scripted import (
     usage,
 )
 from tools.loadgen.client import Client, open_session
+from tools.loadgen.load import Run
 from tools.loadgen.stats import e2e_s, itls_s, summarise, tpot_s, ttft_s
 from tools.loadgen.stream import Record
 from tools.loadgen.workload import LoadRequest
@@ -49,9 +51,9 @@ async def test_times_of_an_answer_are_those_of_the_script() -> None:
 async def test_percentiles_over_many_answers_are_those_of_the_scripts() -> None:
     rng = random.Random(7)
     delays_s = [[rng.uniform(0.001, 0.2) for _ in range(rng.randint(2, 9))] for _ in range(40)]
-    summary = summarise(await ask_all([answer(delays) for delays in delays_s]), wall_s=10.0)
+    summary = summarise(Run(0.0, 2000.0, records=await ask_all([answer(delays) for delays in delays_s])))
     assert summary.num_ok == 40
-    assert summary.output_tokens_per_s == pytest.approx(sum(map(len, delays_s)) / 10.0)
+    assert summary.output_tokens_per_s == pytest.approx(sum(map(len, delays_s)) / 2000.0)
     for measured, known in (
         (summary.ttft, [delays[0] for delays in delays_s]),
         (summary.itl, [gap for delays in delays_s for gap in delays[1:]]),
@@ -75,33 +77,44 @@ async def test_latencies_count_from_the_due_time() -> None:
     assert record.sent_s - record.scheduled_s == pytest.approx(2.0)
 
 
-FAILURES: dict[str, tuple[list[Step], str, str]] = {
-    "refused": ([Status(429, '{"error": {"message": "too many"}}')], "refused", "too many"),
-    "server error": ([Status(500, "oops", "text/plain")], "http_500", "oops"),
-    "bad request": ([Status(400, '{"error": {"message": "no such field"}}')], "http_400", "no such field"),
-    "not a stream": ([Status(200, "{}")], "bad_content_type", "application/json"),
-    "cut before output": ([Send(b": hello\n\n"), Cut()], "cut", ""),
-    "cut in the middle": ([Send(piece("a")), Send(piece("b")), Cut()], "cut", ""),
-    "ends early and politely": ([Send(piece("a"))], "cut", "after 1 pieces"),
-    "no output": ([Send(finish() + DONE)], "empty", ""),
-    "no JSON": ([Send(piece("a")), Send(event("nonsense"))], "bad_event", "nonsense"),
-    "no object": ([Send(event("[1, 2]"))], "bad_event", "[1, 2]"),
-    "wrong shape": ([Send(event({"choices": ["x"]}))], "bad_event", "chunk"),
-    "error in the stream": ([Send(piece("a")), Send(event({"error": {"message": "lost"}}))], "error_event", "lost"),
+OVERLOADED = '{"error": {"message": "too many", "code": "overloaded"}}'
+FAILURES: dict[str, tuple[list[Step], str, str, str]] = {
+    "refused": ([Status(429, OVERLOADED)], "refused", "429 overloaded", "too many"),
+    "refused in few words": ([Status(429, "go away", "text/plain")], "refused", "429", "go away"),
+    "server error": ([Status(500, "oops", "text/plain")], "failed", "500", "oops"),
+    "unavailable": ([Status(503, OVERLOADED)], "failed", "503 overloaded", "too many"),
+    "bad request": ([Status(400, '{"error": {"message": "no such", "type": "invalid"}}')], "failed", "400 invalid", "no such"),
+    "odd error": ([Status(400, '{"error": "odd"}')], "failed", "400", "odd"),
+    "not a stream": ([Status(200, "{}")], "failed", "bad_content_type", "application/json"),
+    "cut before output": ([Send(b": hello\n\n"), Cut()], "failed", "truncated", ""),
+    "cut in the middle": ([Send(piece("a")), Send(piece("b")), Cut()], "failed", "truncated", ""),
+    "ends early and politely": ([Send(piece("a"))], "failed", "truncated", "after 1 pieces"),
+    "without [DONE]": ([Send(piece("a") + finish())], "failed", "no_done", "[DONE]"),
+    "no output": ([Send(finish() + DONE)], "failed", "empty", ""),
+    "no JSON": ([Send(piece("a")), Send(event("nonsense"))], "failed", "bad_event", "nonsense"),
+    "no object": ([Send(event("[1, 2]"))], "failed", "bad_event", "[1, 2]"),
+    "wrong shape": ([Send(event({"choices": ["x"]}))], "failed", "bad_event", "chunk"),
+    "error in the stream": ([Send(piece("a")), Send(event({"error": {"message": "lost"}}))], "failed", "error_event", "lost"),
 }
 
 
 @pytest.mark.parametrize("name", FAILURES)
 async def test_failures_are_told_apart(name: str) -> None:
-    script, outcome, detail = FAILURES[name]
+    script, outcome, reason, detail = FAILURES[name]
     (record,) = await ask_all([script])
-    assert record.outcome == outcome
+    assert (record.outcome, record.reason) == (outcome, reason)
     assert detail in record.detail
+    assert record.end_s >= record.sent_s
+
+
+async def test_what_came_before_the_end_is_kept() -> None:
+    (record,) = await ask_all([[Send(piece("a")), Send(piece("b"), after_s=0.5), Cut()]])
+    assert (record.text, record.output_tokens) == ("ab", 2)
 
 
 async def test_a_silent_server_is_a_timeout() -> None:
     (record,) = await ask_all([[Send(piece("a")), Hang()]], timeout_s=0.2)
-    assert record.outcome == "timeout"
+    assert (record.outcome, record.reason) == ("failed", "timeout")
     assert len(record.piece_times_s) == 1
 
 
@@ -111,22 +124,22 @@ async def test_no_server_is_a_connection_failure() -> None:
         async with open_session() as session:
             url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
             record = await Client(session, url, timeout_s=30.0, clock=VirtualClock()).ask(REQUEST)
-    assert record.outcome == "connection"
+    assert (record.outcome, record.reason) == ("failed", "connection")
     assert record.http_status == 0
 
 
 @pytest.mark.parametrize(
-    ("request_", "outcome"),
+    ("request_", "reason"),
     [
-        (LoadRequest(index=0, body=b"{}", expect_tokens=2), "ok"),
+        (LoadRequest(index=0, body=b"{}", expect_tokens=2), ""),
         (LoadRequest(index=0, body=b"{}", expect_tokens=3), "wrong_length"),
-        (LoadRequest(index=0, body=b"{}", expect_text="w0 w1"), "ok"),
+        (LoadRequest(index=0, body=b"{}", expect_text="w0 w1"), ""),
         (LoadRequest(index=0, body=b"{}", expect_text="w0 w2"), "wrong_text"),
     ],
 )
-async def test_wrong_answers_are_failures(request_: LoadRequest, outcome: str) -> None:
+async def test_wrong_answers_are_failures(request_: LoadRequest, reason: str) -> None:
     (record,) = await ask_all([answer([0.1, 0.1])], request_)
-    assert record.outcome == outcome
+    assert (record.outcome, record.reason) == ("failed" if reason else "ok", reason)
 
 
 async def test_an_answer_without_usage_is_counted_by_pieces() -> None:
@@ -139,6 +152,36 @@ async def test_an_answer_without_usage_is_counted_by_pieces() -> None:
 async def test_cached_tokens_are_read() -> None:
     (record,) = await ask_all([[Send(piece("a")), Send(finish() + usage(9, 1, cached_tokens=8) + DONE)]])
     assert (record.input_tokens, record.cached_tokens, record.output_tokens) == (9, 8, 1)
+
+
+async def test_a_run_that_is_over_waits_for_nobody() -> None:
+    clock = VirtualClock()
+    async with ScriptedServer(clock, [[Send(piece("a")), Hang()]]).running() as server, open_session() as session:
+        client = Client(session, server.url, timeout_s=30.0, clock=clock)
+        reads = clock.reads
+        running = asyncio.create_task(client.ask(REQUEST))
+        await clock.wait_for_read(reads + 1)  # sent, and a piece was read
+        client.cut_off()
+        record = await running
+        assert (record.outcome, record.reason, record.output_tokens) == ("failed", "unfinished", 1)
+        assert (await client.ask(REQUEST)).reason == "unfinished", "nothing begins any more"
+        client.reopen()
+        assert (await asyncio.wait_for(_ask_and_leave(client), 5)) == "timeout"
+
+
+async def _ask_and_leave(client: Client) -> str:
+    client._timeout_s = 0.1
+    return (await client.ask(REQUEST)).reason
+
+
+@pytest.mark.parametrize(("share", "asked"), [(0.0, 0), (0.3, 3), (1.0, 10)])
+async def test_so_many_ask_for_the_servers_timeline(share: float, asked: int) -> None:
+    clock = VirtualClock()
+    async with ScriptedServer(clock, [answer([0.1])]).running() as server, open_session() as session:
+        client = Client(session, server.url, timeout_s=30.0, clock=clock, timeline_share=share)
+        for _ in range(10):
+            await client.ask(REQUEST)
+    assert sum(headers.get("x-epd-timeline") == "1" for headers in server.headers) == asked
 
 
 async def test_the_key_and_the_body_are_sent() -> None:
