@@ -97,4 +97,4 @@ def _stretched(
     on_ramp = rate.mean * length_s  # arrivals expected of the whole ramp
     inside = np.minimum(places, on_ramp)
     times = 2 * inside / (rate.start + np.sqrt(np.maximum(0.0, rate.start**2 + 2 * slope * inside)))
-    return times + (places - inside) / rate.end
+    return np.maximum.accumulate(times + (places - inside) / rate.end)  # rounding must not turn the order round
