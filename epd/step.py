@@ -113,12 +113,12 @@ class TextRunner(Protocol):
 class VisionRunner(Protocol):
     """What encode drives: files to patches on one stream, patches to rows on another, of different images at the same time."""
 
-    def preprocess(self, image: ImageInput) -> FloatArray | Exception:
-        """Patches [num_patches, patch_width] of one image, or what is wrong with it."""
+    def preprocess(self, image: ImageInput) -> Any:
+        """Patches of one image, as this runner wants them, or the exception that says what is wrong with it."""
 
     def encode_patches(
         self,
-        patches: Sequence[FloatArray | Exception],
+        patches: Sequence[Any],
         grids: Sequence[tuple[int, int, int]],
         block_ids: Sequence[Sequence[int]],
     ) -> Now[tuple[list[int] | Exception, ...]]:

@@ -8,8 +8,8 @@ Working memory, with d bytes a number, H hidden size, I intermediate size, V voc
 - logits: at most `max_running` rows of V numbers, three times in float32 (as drawn from, sorted, and as probabilities).
 - prefill with images: the largest image's embedding, as it was fetched.
 - encode, over `max_patches` patches or the largest image: per patch d * max(8H, 2H + 2I), the wider of attention (residual, norm,
-  queries, keys and values before and after rotation, output) and the two-layer network, and 4 bytes * (head_dim + heads) for
-  angles and attention's normalizers.
+  queries, keys and values before and after rotation, output) and the two-layer network; 4 bytes * (head_dim + heads) for angles
+  and attention's normalizers; twice the grey levels and places that were sent.
 - libraries: what cuBLAS, cuDNN, kernels' code and captured graphs take.
 
 Pure numbers.
@@ -28,6 +28,7 @@ _LIBRARY_BYTES = 512 << 20
 _STAGE_LIBRARY_BYTES = 128 << 20  # workspaces of a stage's streams, and its graphs
 _FLOAT_BYTES = 4
 _LOGITS_COPIES = 3
+_PLACE_BYTES = 20  # of a patch: row and column, those of its image's last patch, a share of where its row goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def working_items(model: ModelConfig, engine: EngineConfig, roles: Collection[st
     items: list[BudgetItem] = []
     if "encode" in roles and model.vision is not None:
         patches = max(engine.max_patches, _largest_image_patches(model))
-        items.append(BudgetItem("encode steps", patches * _patch_bytes(model, dtype_bytes), f"{patches} patches"))
+        items.append(BudgetItem("encode steps", encode_bytes(model, patches, dtype_bytes), f"{patches} patches"))
     if "prefill" in roles:
         num_bytes = _text_step_bytes(model, engine, engine.token_budget, dtype_bytes)
         items.append(BudgetItem("prefill steps", num_bytes, f"{engine.token_budget} tokens"))
@@ -64,6 +65,17 @@ def working_items(model: ModelConfig, engine: EngineConfig, roles: Collection[st
     num_stages = len({"encode", "prefill", "decode"} & set(roles))
     items.append(BudgetItem("libraries", _LIBRARY_BYTES + num_stages * _STAGE_LIBRARY_BYTES))
     return items
+
+
+def encode_bytes(model: ModelConfig, num_patches: int, dtype_bytes: int) -> int:
+    """Working memory of an encode step."""
+    vision = model.vision
+    if vision is None:
+        return 0
+    widest = max(8 * vision.hidden_size, 2 * vision.hidden_size + 2 * vision.intermediate_size)
+    sent = vision.in_channels * vision.patch_size**2 + _PLACE_BYTES
+    per_patch = dtype_bytes * widest + _FLOAT_BYTES * (vision.hidden_size // vision.num_heads + vision.num_heads) + 2 * sent
+    return num_patches * per_patch
 
 
 def largest_image_rows(model: ModelConfig) -> int:
@@ -79,14 +91,6 @@ def gib(num_bytes: int) -> str:
 
 def _largest_image_patches(model: ModelConfig) -> int:
     return model.image.max_pixels // model.image.patch_size**2 if model.image is not None else 0
-
-
-def _patch_bytes(model: ModelConfig, dtype_bytes: int) -> int:
-    vision = model.vision
-    if vision is None:
-        return 0
-    widest = max(8 * vision.hidden_size, 2 * vision.hidden_size + 2 * vision.intermediate_size)
-    return dtype_bytes * widest + _FLOAT_BYTES * (vision.hidden_size // vision.num_heads + vision.num_heads)
 
 
 def _text_step_bytes(model: ModelConfig, engine: EngineConfig, num_tokens: int, dtype_bytes: int) -> int:

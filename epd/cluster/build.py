@@ -31,6 +31,7 @@ from epd.transfer.receiver import Receiver
 from epd.transfer.sender import Sender
 from gpu.errors import OutOfMemory
 from gpu.pool import Pool, PoolSpec
+from gpu.stream import Stream
 
 MAX_IMAGES_PER_STEP = 64
 
@@ -45,6 +46,7 @@ class StageParts:
     stack: Stack
     vision_runner: VisionRunner | None = None
     text_runners: dict[str, TextRunner] = field(default_factory=dict)  # by stage
+    streams: dict[str, Stream] = field(default_factory=dict)  # by stage
     kv_memory: Pool | None = None
     embedding_memory: Pool | None = None
     local_pools: list[Pool] = field(default_factory=list)
@@ -55,6 +57,8 @@ class StageParts:
         actors: list[StageActor] = []
         if "encode" in self.config.roles and self.model.vision is not None:
             actors.append(self._encode(system, clock))
+        if self.kv_memory is None:
+            return actors
         kv_blocks = BlockPool(self.sizes.num_kv_blocks)
         shares_pool = {"prefill", "decode"} <= set(self.config.roles)
         decode_scheduler = self._decode_scheduler(kv_blocks) if "decode" in self.config.roles else None
@@ -77,7 +81,7 @@ class StageParts:
             memory=self.embedding_memory,
             sender=Sender(system.endpoint.worker, "embedding", self.embedding_memory, cache, reads, clock),
             runner=self.vision_runner,
-            stream=self.stack.backend.open_stream("encode"),
+            stream=self.streams["encode"],
             preprocess_stream=self.stack.backend.open_stream("preprocess"),
             lease_s=engine.lease_s,
             clock=clock,
@@ -117,7 +121,7 @@ class StageParts:
                 layout=self.model.embedding_layout(self.stack.backend.block_format),
             ),
             runner=self.text_runners["prefill"],
-            stream=self.stack.backend.open_stream("prefill"),
+            stream=self.streams["prefill"],
             checksum_stream=reads,
             merge_size=self._merge_size,
             lease_s=engine.lease_s,
@@ -149,7 +153,7 @@ class StageParts:
             memory=self.kv_memory,
             receiver=self._receiver(system, "decode transfer", local, clock),
             runner=self.text_runners["decode"],
-            stream=self.stack.backend.open_stream("decode"),
+            stream=self.streams["decode"],
             block_size=engine.block_size,
             merge_size=self._merge_size,
             shares_pool=shares_pool,
@@ -187,16 +191,18 @@ def load(config: ServeConfig, folder: Path, model: ModelConfig, report: Report) 
             layout = model.embedding_layout(block_format)
             spec = PoolSpec(sizes.num_embedding_blocks, sizes.embedding_block_bytes, "embedding", layout)
             parts.embedding_memory = stack.backend.allocate_pool(spec)
-            parts.vision_runner = stack.vision_runner(parts.embedding_memory)
+            parts.streams["encode"] = stack.stage_stream("encode")
+            parts.vision_runner = stack.vision_runner(parts.embedding_memory, parts.streams["encode"], report)
             report(f"embedding pool: {sizes.embedding_bytes / 2**20:.0f} MiB")
         if {"prefill", "decode"} & set(roles):
             layout = model.kv_layout(config.engine.block_size, block_format)
             parts.kv_memory = stack.backend.allocate_pool(PoolSpec(sizes.num_kv_blocks, sizes.kv_block_bytes, "kv", layout))
             num_tokens = sizes.num_kv_blocks * config.engine.block_size
             report(f"KV pool: {sizes.kv_bytes / 2**20:.0f} MiB for {num_tokens} tokens, at most {sizes.max_model_len} a request")
-            parts.text_runners = {
-                stage: stack.text_runner(parts.kv_memory, stage, report) for stage in ("prefill", "decode") if stage in roles
-            }
+            for stage in ("prefill", "decode"):
+                if stage in roles:
+                    stream = parts.streams[stage] = stack.stage_stream(stage)
+                    parts.text_runners[stage] = stack.text_runner(parts.kv_memory, stage, stream, report)
     except OutOfMemory as error:
         stack.close()
         raise BadConfig(f"{error}, or lower --kv-mib and --embedding-mib") from error

@@ -17,6 +17,7 @@ from epd.model.weights import load_text_weights, load_vision_weights
 from gpu.cpu import CpuBackend
 from gpu.kernels.compiler import warm_up
 from gpu.pool import Pool
+from gpu.stream import Stream
 
 
 class CpuStack:
@@ -44,14 +45,17 @@ class CpuStack:
             report("loading the language model")
             self._text = TextModel(model, load_text_weights(model, self._folder, config.load_format))
 
-    def vision_runner(self, embeddings: Pool) -> VisionModelRunner:
+    def stage_stream(self, stage: str) -> Stream:
+        return self.backend.open_stream(stage)
+
+    def vision_runner(self, embeddings: Pool, stream: Stream, report: Report) -> VisionModelRunner:
         if self._vision is None:
             raise InternalError("the vision tower has not been loaded")
         return VisionModelRunner(
             self._model, self._vision, self.backend, embeddings, EMBEDDING_BLOCK_ROWS, self._config.num_threads
         )
 
-    def text_runner(self, kv: Pool, stage: str, report: Report) -> TextModelRunner:
+    def text_runner(self, kv: Pool, stage: str, stream: Stream, report: Report) -> TextModelRunner:
         if self._text is None:
             raise InternalError("the language model has not been loaded")
         warm_up(lambda name, done, total: report(f"compiling kernels: {name} ({done + 1} of {total})") if name else None)

@@ -16,6 +16,7 @@ from epd.model.config import ModelConfig
 from gpu.emulated import CopyTimes, EmulatedBackend
 from gpu.host_pool import HostPool
 from gpu.pool import Pool
+from gpu.stream import Stream
 
 _EMBEDDING_SHARE = 1 / 16  # of the memory that weights leave
 
@@ -71,10 +72,13 @@ class EmulatedStack:
         profile = self._profile
         report(f"emulating {profile.device} with {profile.model.name} ({profile.provenance}: {profile.source})")
 
-    def vision_runner(self, embeddings: Pool) -> EmulatedVisionRunner:
+    def stage_stream(self, stage: str) -> Stream:
+        return self.backend.open_stream(stage)
+
+    def vision_runner(self, embeddings: Pool, stream: Stream, report: Report) -> EmulatedVisionRunner:
         return EmulatedVisionRunner(self._device, _host(embeddings), EMBEDDING_BLOCK_ROWS)
 
-    def text_runner(self, kv: Pool, stage: str, report: Report) -> EmulatedTextRunner:
+    def text_runner(self, kv: Pool, stage: str, stream: Stream, report: Report) -> EmulatedTextRunner:
         return EmulatedTextRunner(self._device, _host(kv), self._config.engine.block_size, stage)
 
     def close(self) -> None:

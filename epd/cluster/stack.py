@@ -17,6 +17,7 @@ from epd.step import TextRunner, VisionRunner
 from gpu.backend import Backend
 from gpu.errors import GpuError
 from gpu.pool import Pool
+from gpu.stream import Stream
 
 Report = Callable[[str], None]
 
@@ -41,9 +42,13 @@ class Stack(Protocol):
     def load(self, roles: Collection[str], report: Report) -> None:
         """Bring the weights that these roles need. Raises BadCheckpoint."""
 
-    def vision_runner(self, embeddings: Pool) -> VisionRunner: ...
+    def stage_stream(self, stage: str) -> Stream:
+        """The stream that the runner of "encode", "prefill" or "decode" works on."""
 
-    def text_runner(self, kv: Pool, stage: str, report: Report) -> TextRunner:
+    def vision_runner(self, embeddings: Pool, stream: Stream, report: Report) -> VisionRunner:
+        """Ready to run on its stream."""
+
+    def text_runner(self, kv: Pool, stage: str, stream: Stream, report: Report) -> TextRunner:
         """Of "prefill" or "decode", ready to run: compiled, captured. Those of one process share their weights."""
 
     def close(self) -> None: ...
@@ -61,7 +66,8 @@ def open_stack(config: ServeConfig, folder: Path, model: ModelConfig) -> Stack:
 
             return EmulatedStack(config, model)
         from epd.cluster.cuda_stack import CudaStack
+        from gpu.cuda.backend import open_cuda
 
-        return CudaStack(config, folder, model)
+        return CudaStack(config, folder, model, open_cuda(int(config.device.removeprefix("cuda:"))))
     except GpuError as error:
         raise BadConfig(f"--device {config.device}: {error}") from error

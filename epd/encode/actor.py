@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from epd.cache.encoder_cache import Embedding, EncoderCache
 from epd.clock import Clock
@@ -17,14 +18,14 @@ from epd.encode.batcher import EncodeBatcher, EncodeJob, Waiter
 from epd.errors import BadImage, DeadlineExceeded, EpdError, InternalError
 from epd.microkernel.actor import Mail, Reply
 from epd.stage import StageActor, unexpected
-from epd.step import FloatArray, ImageInput, VisionRunner
+from epd.step import ImageInput, VisionRunner
 from epd.stream import on_stream
 from epd.transfer.sender import Sender
 from gpu.pool import Pool
 from gpu.stream import Stream
 from protocol.messages import Abort, EmbeddingRef, Encode, Encoded, LinkLoad, RequestId, Span, StageLoad
 
-_Patches = FloatArray | Exception
+_Patches = Any  # of the runner's own kind, or an exception
 
 
 class EncodeActor(StageActor):
