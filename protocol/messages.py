@@ -396,6 +396,7 @@ class Join(Message, frozen=True, tag=50):
     device: str
     max_model_len: int
     block_size: int
+    block_format: str = ""  # numbers and checksums of its blocks: workers of one cluster exchange them
 
 
 class Joined(Message, frozen=True, tag=51):

@@ -216,6 +216,7 @@ class Node:
             device=config.device,
             max_model_len=parts.sizes.max_model_len,
             block_size=config.engine.block_size,
+            block_format=parts.stack.backend.block_format,
         )
         membership = Membership(
             partial(self._find_gateway, system),

@@ -124,6 +124,14 @@ class Fleet(Actor):
                 f"worker {worker} serves {join.model} with block size {join.block_size}, this cluster {self._model} with "
                 f"{self._block_size}: start it with the same --model, --load-format and --block-size"
             )
+        strange = next(
+            (m for name, m in self._members.items() if name != worker and m.join.block_format != join.block_format), None
+        )
+        if strange is not None:
+            raise Refused(
+                f"worker {worker} on {join.device} has blocks in {join.block_format}, {strange.load.worker} on {strange.join.device} "
+                f"in {strange.join.block_format}: the workers of one cluster need the same kind of --device"
+            )
         now = self._clock()
         loads = tuple(StageLoad(role) for role in join.roles)
         known = self._members.get(worker)

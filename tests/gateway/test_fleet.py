@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 
 from epd.errors import EpdError, Refused, Unavailable
@@ -70,6 +71,16 @@ async def test_a_worker_with_another_model_is_refused() -> None:
         with pytest.raises(Refused, match="--model"):
             await worker.ask(DIRECTORY, _join(worker, "decode", layout=6), timeout_s=5)
         assert not fleet.is_alive(worker.worker)
+
+
+async def test_a_worker_on_another_kind_of_device_is_refused() -> None:
+    async with _fleet() as (_, gateway, worker):
+        await worker.ask(DIRECTORY, _join(worker, "decode"), timeout_s=5)
+        other = msgspec.structs.replace(_join(gateway, "prefill"), device="cuda:0", block_format="bfloat16 sum64")
+        with pytest.raises(Refused, match=r"on cuda:0 has blocks in bfloat16 sum64.* same kind of --device"):
+            await worker.ask(DIRECTORY, other, timeout_s=5)
+        again = msgspec.structs.replace(_join(worker, "decode"), block_format="bfloat16 sum64")
+        assert isinstance((await worker.ask(DIRECTORY, again, timeout_s=5)).message, Joined)  # nobody else is there
 
 
 async def test_a_lost_link_removes_the_worker() -> None:
