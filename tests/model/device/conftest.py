@@ -11,7 +11,6 @@ from gpu.cuda.reference import TorchKernels
 from tests.model.device.engine import DeviceEngine, Target
 from tests.model.reference import Model
 
-
 _NOT_FOR_A_GPU = {"vl-no-deepstack"}  # whose heads are no power of two wide
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from epd.model.device import sampler
 from epd.model.device.inputs import Staging
 from epd.model.device.sampler import _passing, _weights, is_greedy, sample
 from epd.model.device.work_queue import open_queue
@@ -65,13 +66,23 @@ samplings = st.builds(
 histories = st.lists(st.integers(0, VOCAB - 1), max_size=8)
 
 
-@given(st.lists(st.tuples(samplings, histories, histories), min_size=1, max_size=6), st.integers(0, 1000))
-def test_a_batch_draws_what_the_cpu_draws_row_by_row(wanted: list[tuple[Sampling, list[int], list[int]]], seed: int) -> None:
-    logits = _logits(seed, rows=len(wanted), ties=seed % 3 == 0)
+@given(
+    st.lists(st.tuples(samplings, histories, histories), min_size=1, max_size=6),
+    st.integers(0, 1000),
+    st.sampled_from([0.0, -20.0]),
+    st.sampled_from([0, 10, 1024]),
+)
+def test_a_batch_draws_what_the_cpu_draws_row_by_row(
+    wanted: list[tuple[Sampling, list[int], list[int]]], seed: int, shift: float, few: int
+) -> None:
+    """`few` decides which rows' candidates are sorted and which ones' best are selected, and nothing else."""
+    logits = _logits(seed, rows=len(wanted), ties=seed % 3 == 0) + np.float32(shift)
     requests = [_request(*each) for each in wanted]
     left = logits.copy()
     expected = sample_on_cpu(left, requests)
-    tokens, changed, logprobs = _sample(logits, requests)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "_FEW", few)
+        tokens, changed, logprobs = _sample(logits, requests)
     assert tokens == [token.token_id for token in expected]
     np.testing.assert_array_equal(changed, left)
     for row, token in enumerate(expected):
@@ -81,6 +92,13 @@ def test_a_batch_draws_what_the_cpu_draws_row_by_row(wanted: list[tuple[Sampling
             assert chosen == pytest.approx(token.logprob, abs=1e-9)
             assert ids[:num] == [each.token_id for each in token.top_logprobs]
             assert best[:num] == pytest.approx([each.logprob for each in token.top_logprobs], abs=1e-9)
+
+
+@pytest.mark.parametrize(("top_p", "count"), [(0.0, 1), (0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4)])
+def test_a_nucleus_ends_with_the_token_that_reaches_it(top_p: float, count: int, target: Target) -> None:
+    logits = np.array([[-90, 1, 1, -90, 1, 1]], np.float32).repeat(60, 0)
+    requests = [_request(Sampling(top_p=top_p, seed=seed)) for seed in range(60)]
+    assert set(_sample(logits, requests, target.device)[0]) == set([1, 2, 4, 5][:count])
 
 
 def test_what_a_row_draws_does_not_depend_on_the_others() -> None:
@@ -93,7 +111,7 @@ def test_what_a_row_draws_does_not_depend_on_the_others() -> None:
         Sampling(top_p=0.9, top_k=40, min_p=0.05),
         Sampling(temperature=0.0, presence_penalty=1.0),
     ]
-    requests = [_request(replace_seed(kind, seed), [1], [2, 2]) for seed, kind in enumerate(kinds * 5)]
+    requests = [_request(_with_seed(kind, seed), [1], [2, 2]) for seed, kind in enumerate(kinds * 5)]
     logits = _logits(3, rows=len(requests))
     together, _, _ = _sample(logits, requests)
     alone = [_sample(logits[i : i + 1], [request])[0][0] for i, request in enumerate(requests)]
@@ -101,14 +119,10 @@ def test_what_a_row_draws_does_not_depend_on_the_others() -> None:
     assert together == alone == backwards[::-1]
 
 
-def replace_seed(sampling: Sampling, seed: int) -> Sampling:
-    return msgspec.structs.replace(sampling, seed=seed)
-
-
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=0.9), Sampling(top_k=1500), Sampling(top_k=50, top_p=0.8)])
 def test_a_large_vocabulary(sampling: Sampling, target: Target) -> None:
     logits = _logits(1, rows=20, vocab=20_000)
-    requests = [_request(replace_seed(sampling, seed)) for seed in range(20)]
+    requests = [_request(_with_seed(sampling, seed)) for seed in range(20)]
     tokens, _, _ = _sample(logits, requests, target.device)
     assert tokens == [token.token_id for token in sample_on_cpu(logits.copy(), requests)]
 
@@ -164,3 +178,7 @@ def test_what_goes_the_shortest_way(sampling: Sampling, greedy: bool) -> None:
 
 def test_a_step_that_draws_nothing() -> None:
     assert is_greedy([])
+
+
+def _with_seed(sampling: Sampling, seed: int) -> Sampling:
+    return msgspec.structs.replace(sampling, seed=seed)
