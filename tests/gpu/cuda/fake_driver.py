@@ -42,9 +42,16 @@ class FakeDriver:
 
     torch_device = torch.device("cpu")
 
-    def __init__(self, *, total_bytes: int = 1 << 30, uuid: bytes = b"fake device 0000", peers: dict[bytes, bool] | None = None):
+    def __init__(
+        self,
+        *,
+        total_bytes: int = 1 << 30,
+        uuid: bytes = b"fake device 0000",
+        capability: tuple[int, int] = (9, 0),
+        peers: dict[bytes, bool] | None = None,
+    ) -> None:
         """`peers`: the other devices that are visible, by uuid, and whether they can be accessed."""
-        self.info = DeviceInfo("Fake GPU", uuid, (9, 0), 132, total_bytes)
+        self.info = DeviceInfo("Fake GPU", uuid, capability, 132, total_bytes)
         self._peers = {uuid: True, **(peers or {})}
         self._state = threading.Condition(threading.RLock())
         self._numbers = itertools.count(1)
@@ -295,8 +302,9 @@ class FakeDriver:
 
     def _inside(self, address: int, size: int) -> None:
         """Device memory that is there: a real device would find an illegal address, or worse, not."""
-        held = [*self._own.values(), *self._opened.values()]
-        spans = [(each.address, each.size) for each in held] + [(each.ctypes.data, len(each)) for each in self._borrowed]
+        with self._state:
+            held = [*self._own.values(), *self._opened.values()]
+            spans = [(each.address, each.size) for each in held] + [(each.ctypes.data, len(each)) for each in self._borrowed]
         assert any(start <= address and address + size <= start + length for start, length in spans), "not device memory"
 
     def _advance(self, stream: _Stream) -> None:
