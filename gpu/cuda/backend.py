@@ -18,13 +18,17 @@ from gpu.pool import PoolExport, PoolSpec
 
 
 def open_cuda(index: int) -> CudaBackend:
-    """The device that CUDA numbers `index` here, with the kernels that are best on it. Raises UnknownDevice, saying why."""
+    """The device that CUDA numbers `index` here, with the kernels that are best on it. Raises UnknownDevice, saying why.
+
+    In float32 where the device is from before bfloat16.
+    """
     from gpu.cuda.cupy_driver import CupyDriver
 
     driver = CupyDriver(index)
     from gpu.cuda.choose import choose_kernels  # compilers, of no use without a device
 
-    return CudaBackend(driver, choose_kernels("auto"))
+    dtype = torch.bfloat16 if driver.info.capability >= (8, 0) else torch.float32
+    return CudaBackend(driver, choose_kernels("auto"), dtype=dtype)
 
 
 class CudaBackend:
