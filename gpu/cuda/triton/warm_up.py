@@ -1,0 +1,67 @@
+"""One launch of everything that a model of some geometry launches: a kernel is compiled where it is called first.
+
+Small inputs do: what is compiled depends on widths, dtypes and on the choice of tiles, of which each is asked for here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gpu.cuda.kernels import Geometry, Kernels
+
+_MAX_CHUNK = 4096  # tokens: longer chunks are cut into the same tiles
+
+
+def launch_everything(kernels: Kernels, geometry: Geometry, device: torch.device) -> None:
+    """Leaves nothing behind but compiled kernels."""
+    _launch_rows(kernels, geometry, device)
+    _launch_attention(kernels, geometry, device)
+    _launch_blocks(kernels, device)
+
+
+def _launch_rows(kernels: Kernels, geometry: Geometry, device: torch.device) -> None:
+    g = geometry
+    x = torch.zeros((1, g.hidden_size), dtype=g.dtype, device=device)
+    kernels.rms_norm(x, x[0], 1e-6, x)
+    kernels.add_rms_norm(x, torch.zeros_like(x), x[0], 1e-6, x)
+    gate_up = torch.zeros((1, 2 * g.intermediate_size), dtype=g.dtype, device=device)
+    kernels.silu_mul(gate_up, gate_up[:, : g.intermediate_size].contiguous())
+    norm = torch.zeros(g.head_dim, dtype=g.dtype, device=device) if g.has_qk_norm else None
+    angles = torch.zeros((1, g.head_dim // 2), device=device)
+    qkv = torch.zeros((1, (g.num_heads + 2 * g.num_kv_heads) * g.head_dim), dtype=g.dtype, device=device)
+    q = torch.zeros((1, g.num_heads, g.head_dim), dtype=g.dtype, device=device)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    kernels.rope_store(qkv, norm, norm, 1e-6, angles, angles, _pool(g, 1, device), 0, slots, q)
+
+
+def _launch_attention(kernels: Kernels, geometry: Geometry, device: torch.device) -> None:
+    g = geometry
+    max_blocks = -(-_MAX_CHUNK // g.block_size)
+    pool = _pool(g, max_blocks, device)
+    table = torch.zeros((1, max_blocks), dtype=torch.int32, device=device)
+    lens = torch.ones(1, dtype=torch.int32, device=device)
+    q = torch.zeros((_MAX_CHUNK, g.num_heads, g.head_dim), dtype=g.dtype, device=device)
+    out = torch.zeros_like(q)
+    workspace = torch.empty(kernels.workspace_floats(1, g.num_heads, g.num_kv_heads, g.head_dim), device=device)
+    for num_blocks in (0, max_blocks):  # in one part, in several
+        kernels.paged_attention(q[:1], pool, 0, table[:, :num_blocks], lens, 1.0, out[:1], workspace)
+    num_tokens = 1
+    while num_tokens <= _MAX_CHUNK:
+        kernels.chunk_attention(q[:num_tokens], pool, 0, table[0], num_tokens, 1.0, out[:num_tokens])
+        num_tokens *= 2
+    rows = torch.zeros((2, g.num_kv_heads, 1, g.head_dim), dtype=g.dtype, device=device)
+    kernels.gather_kv(pool, 0, table[0], 1, rows[0], rows[1])
+
+
+def _launch_blocks(kernels: Kernels, device: torch.device) -> None:
+    blocks = torch.zeros((2, 64), dtype=torch.uint8, device=device)
+    ids = torch.zeros(1, dtype=torch.int64, device=device)
+    sums = torch.zeros_like(ids)
+    kernels.copy_blocks(blocks[:1], ids, blocks[1:], ids, sums)
+    kernels.copy_blocks(blocks[:1], ids, blocks[1:], ids, None)
+    kernels.hash_blocks(blocks, ids, sums)
+
+
+def _pool(geometry: Geometry, num_blocks: int, device: torch.device) -> torch.Tensor:
+    g = geometry
+    return torch.zeros((num_blocks, 1, 2, g.num_kv_heads, g.block_size, g.head_dim), dtype=g.dtype, device=device)
