@@ -1,7 +1,8 @@
 """One request's time, stage by stage, on one clock: what a waterfall is drawn from.
 
-A stage reports its spans relative to when it was asked. Whoever asked knows when that was, so a span is placed where the ask
-left; the message's own way there counts as part of it. Does not know: who wants to see it.
+A stage reports its spans relative to when it received the request, on a clock of its own. Whoever asked knows when the ask left
+and when the answer came; what is left of that time, beside the spans, is taken to have gone in equal parts to the way there and
+the way back, as NTP does. Does not know: who wants to see it.
 """
 
 from __future__ import annotations
@@ -41,9 +42,12 @@ class Timeline:
         self._spans.append(TimelineSpan(name, stage, worker, start_s, self.now() if end_s is None else end_s))
 
     def add_reported(self, stage: str, worker: str, asked_s: float, spans: Iterable[Span]) -> None:
-        """Note what a worker reported of an ask that left at `asked_s`."""
+        """Note what a worker reported of an ask that left at `asked_s` and was answered now."""
+        spans = tuple(spans)
+        on_the_way_s = self.now() - asked_s - max((span.end_s for span in spans), default=0.0)
+        received_s = asked_s + max(0.0, on_the_way_s / 2)
         for span in spans:
-            self.add(span.name, stage, asked_s + span.start_s, asked_s + span.end_s, worker=worker)
+            self.add(span.name, stage, received_s + span.start_s, received_s + span.end_s, worker=worker)
 
     def spans(self) -> list[TimelineSpan]:
         """All of them, by when they began."""

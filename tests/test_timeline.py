@@ -5,7 +5,7 @@ from protocol.messages import Span
 from tests.support.clock import FakeClock
 
 
-def test_reported_spans_begin_where_the_ask_left() -> None:
+def test_reported_spans_lie_between_the_ask_and_its_answer() -> None:
     clock = FakeClock()
     timeline = Timeline(clock)
     clock.advance(2.0)
@@ -17,6 +17,6 @@ def test_reported_spans_begin_where_the_ask_left() -> None:
     assert timeline.spans() == [
         TimelineSpan("tokenize", "http", "", 0.5, 7.0),
         TimelineSpan("placement", "gateway", "", 1.0, 1.5),
-        TimelineSpan("prefill queue", "prefill", "p0", 2.0, 3.0),
-        TimelineSpan("prefill", "prefill", "p0", 3.0, 6.5),
+        TimelineSpan("prefill queue", "prefill", "p0", 2.25, 3.25),
+        TimelineSpan("prefill", "prefill", "p0", 3.25, 6.75),
     ]

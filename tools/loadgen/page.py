@@ -142,7 +142,8 @@ def _stages(runs: Sequence[Measured]) -> list[str]:
     return [
         f"<h2>Stages of requests ({_text(run.label)})</h2>",
         '<p class="note">As the server told them, from the fastest request to the slowest. Lanes of a request from above: the '
-        "endpoint, encode, prefill, decode. Stages work side by side, so their times add up to more than the whole.</p>",
+        "endpoint, encode, prefill, decode. Stages work side by side, so their times add up to more than the whole: a transfer "
+        "is open from when decode has room until it has all of the KV, most of which comes while prefill still computes.</p>",
         _picture(waterfall(records)),
         _table(["ms per request", "mean", "p50", "p90", "p95", "p99", "max", "requests"], rows),
     ]

@@ -106,8 +106,8 @@ def timeline(measured: Measured, events: Sequence[Event] = ()) -> str:
     _rate(tokens, np.concatenate([_times(record) - run.start_s for record in records] or [np.empty(0)]), edges, _COLOURS[2])
     tokens.set(ylabel="output pieces/s", ylim=(0, None))
     bad = np.asarray([record.end_s - run.start_s for record in records if record.outcome != OK])
-    errors.hist(bad, bins=edges, color=_COLOURS[1])
-    errors.set(ylabel="refused\nor failed", xlabel="s", xlim=(0, length_s))
+    counts, _, _ = errors.hist(bad, bins=edges, color=_COLOURS[1])
+    errors.set(ylabel="refused\nor failed", xlabel="s", xlim=(0, length_s), ylim=(0, max(1.0, 1.1 * float(np.max(counts)))))
     start_s, end_s = measured.window.start_s - run.start_s, measured.window.end_s - run.start_s
     for axes in (flight, tokens, errors):
         axes.axvspan(start_s, end_s, color="#94a3b8", alpha=0.10, linewidth=0)
