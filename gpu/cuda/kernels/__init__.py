@@ -44,7 +44,7 @@ class Geometry:
 class Kernels(Protocol):
     @property
     def name(self) -> str:
-        """"triton", "numba" or "torch"."""
+        """ "triton", "numba" or "torch"."""
 
     def warm_up(self, geometry: Geometry, device: torch.device) -> None:
         """Compile and load all that a model of this geometry calls; blocks. Must come before a graph is captured."""

@@ -1,0 +1,56 @@
+"""Kernel: a Python function and its signature, compiled on its first launch for the device at hand, run on torch's stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from numba import cuda
+from torch import Tensor
+
+from gpu.cuda.kernels.device import SIMULATED, UNIT_BYTES, address
+
+Grid = tuple[int, int, int]
+
+
+class Kernel:
+    """`function` takes what `arguments` says, in Numba's names: addresses and counts are int64."""
+
+    def __init__(
+        self, function: Callable[..., None], arguments: str, num_threads: int, *, max_registers: int | None = None
+    ) -> None:
+        self.function = function
+        self.signature = f"void({arguments})"
+        self.num_threads = num_threads
+        self.max_registers = max_registers
+        self._compiled: dict[int, Any] = {}  # by device
+
+    def launch(self, grid: tuple[int, ...], device: torch.device, *arguments: Any) -> None:
+        """On torch's current stream of `device`. A grid of nothing launches nothing."""
+        if 0 in grid:
+            return
+        if SIMULATED:
+            cuda.jit(self.function)[grid, self.num_threads](*arguments)
+            return
+        index = torch.cuda.current_device() if device.index is None else device.index
+        with torch.cuda.device(index):
+            compiled = self._compiled.get(index)
+            if compiled is None:
+                options = {"max_registers": self.max_registers} if self.max_registers else {}
+                compiled = self._compiled[index] = cuda.jit(self.signature, **options)(self.function)
+            compiled[grid, self.num_threads, _stream(torch.cuda.current_stream(index).cuda_stream)](*arguments)
+
+
+def units(tensor: Tensor) -> Any:
+    """Its address, for access in units. Raises ValueError if it does not begin at one."""
+    if tensor.data_ptr() % UNIT_BYTES:
+        raise ValueError(f"a tensor at address {tensor.data_ptr()} does not begin at a multiple of {UNIT_BYTES} bytes")
+    return address(tensor)
+
+
+@cache
+def _stream(handle: int) -> Any:
+    """Numba's object for a stream that torch owns and keeps."""
+    return cuda.external_stream(handle) if handle else 0
