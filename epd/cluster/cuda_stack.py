@@ -10,6 +10,7 @@ from epd.cluster.stack import Report
 from epd.config import ServeConfig
 from epd.errors import InternalError
 from epd.model.config import ModelConfig
+from epd.model.device.graphs import GraphOptions
 from epd.model.device.runner import DeviceTextRunner
 from epd.model.device.text import DeviceTextModel
 from epd.model.device.vision import DeviceVisionModel
@@ -86,6 +87,8 @@ class CudaStack:
             _own(kv).array(self._placement.torch_dtype, self._model.kv_block_shape(engine.block_size)),
             max_sequences=engine.max_running,
             max_model_len=self._sizes.max_model_len,
+            # A prompt's step is seldom of single tokens, and graphs hold memory for the largest.
+            graphs=GraphOptions() if stage == "decode" else GraphOptions(max_batch=0),
         )
         report(f"compiling kernels and capturing graphs of {stage}")
         stream.submit(runner.prepare).result()

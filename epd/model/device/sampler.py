@@ -10,6 +10,7 @@ Nothing here waits for the device: which rows need what is known from their requ
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from epd.step import SampleRequest
 _RUN = 256  # tokens whose weights are summed before the sums are summed
 _FEW = 1024  # of up to so many candidates the best are selected; of more, all are sorted
 _ID_BITS = 32
+# How many rows go through together: so much memory is taken whatever the batch is. With a vocabulary of 152k, 64 rows and their
+# weights take 0.2 GiB, and sorting 16 of them 0.15 GiB more.
+_DRAWN_TOGETHER, _RANKED_TOGETHER = 64, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,20 +166,28 @@ def _change(logits: Tensor, arrays: dict[str, Tensor]) -> None:
 
 def _draw(logits: Tensor, plan: _Plan, arrays: dict[str, Tensor]) -> Tensor:
     """int64 [number of draw_rows]"""
-    values = logits.index_select(0, arrays["draw_rows"])
+    num_rows = len(plan.draw_rows)
+    groups = [range(first, min(first + _DRAWN_TOGETHER, num_rows)) for first in range(0, num_rows, _DRAWN_TOGETHER)]
+    return torch.cat([_draw_group(logits, group, plan, arrays) for group in groups])
+
+
+def _draw_group(logits: Tensor, group: range, plan: _Plan, arrays: dict[str, Tensor]) -> Tensor:
+    part = slice(group.start, group.stop)
+    values = logits.index_select(0, arrays["draw_rows"][part])
     bits = 62 - (plan.vocab_size - 1).bit_length()  # the sum of all weights stays below 2**63
-    weights = _weights(values, arrays["coldness"], bits)
+    weights = _weights(values, arrays["coldness"][part], bits)
     for name, places in plan.ranked.items():
-        if places:
-            at, limit = arrays[f"{name}_places"], arrays[f"{name}_limit"]
-            some = values.index_select(0, at)
-            best = _best_ids(some, max(plan.limits[place] for place in places))
-            kept = _nucleus(weights.index_select(0, at), best, limit, arrays[f"{name}_top_p"])
+        start, end = bisect_left(places, group.start), bisect_left(places, group.stop)
+        for first in range(start, end, _RANKED_TOGETHER):
+            some = slice(first, min(first + _RANKED_TOGETHER, end))
+            at, limit = arrays[f"{name}_places"][some] - group.start, arrays[f"{name}_limit"][some]
+            best = _best_ids(values.index_select(0, at), max(plan.limits[place] for place in places[some]))
+            kept = _nucleus(weights.index_select(0, at), best, limit, arrays[f"{name}_top_p"][some])
             weights.index_copy_(0, at, kept)
     if plan.has_min_p:
-        least = (arrays["min_p"] * 2.0**bits).ceil().to(torch.int64)
+        least = (arrays["min_p"][part] * 2.0**bits).ceil().to(torch.int64)
         weights.masked_fill_(weights < least[:, None], 0)
-    return _passing(weights, arrays["noise"]).clamp_(max=plan.vocab_size - 1)
+    return _passing(weights, arrays["noise"][part]).clamp_(max=plan.vocab_size - 1)
 
 
 def _weights(values: Tensor, coldness: Tensor, bits: int) -> Tensor:
@@ -231,7 +243,11 @@ def _passing(weights: Tensor, noise: Tensor) -> Tensor:
 
 def _logprobs(raw: Tensor, drawn: Tensor, plan: _Plan) -> Logprobs:
     """The model's own, before penalties, bias and temperature."""
-    values = torch.log_softmax(raw.to(torch.float64), dim=1)
-    chosen = values.gather(1, drawn[:, None]).squeeze(1)
-    best_ids = _best_ids(raw, plan.num_best)
-    return Logprobs(tuple(plan.logprob_rows), chosen, best_ids, values.gather(1, best_ids))
+    parts = []
+    for first in range(0, len(raw), _RANKED_TOGETHER):
+        part = slice(first, first + _RANKED_TOGETHER)
+        values = torch.log_softmax(raw[part].to(torch.float64), dim=1)
+        best_ids = _best_ids(raw[part], plan.num_best)
+        parts.append((values.gather(1, drawn[part, None]).squeeze(1), best_ids, values.gather(1, best_ids)))
+    chosen, best_ids, best = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Logprobs(tuple(plan.logprob_rows), chosen, best_ids, best)

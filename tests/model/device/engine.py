@@ -16,7 +16,7 @@ from epd.model.device.work_queue import WorkQueue
 from epd.model.positions import mrope_next
 from epd.step import PENDING, SampleRequest, SequenceStep, StepOutput, StepPlan
 from gpu.cuda.kernels import Kernels
-from gpu.stream import Deferred
+from gpu.deferred import Deferred
 from protocol.messages import RequestId, Sampling, Token
 from tests.model.reference import GREEDY, Engine, Model, Prompt, Running
 

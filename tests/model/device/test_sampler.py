@@ -155,6 +155,25 @@ def test_a_token_that_is_not_known_yet_counts_for_the_noise() -> None:
     assert _sample(many, [known] * 50)[0] != _sample(many, [different] * 50)[0]
 
 
+def test_a_batch_of_any_size_goes_through_in_groups() -> None:
+    """Larger than a group, with rows of all kinds on both sides of every cut."""
+    kinds = [
+        Sampling(num_logprobs=2),
+        Sampling(top_k=20),
+        Sampling(top_p=0.7),
+        Sampling(temperature=0.0, num_logprobs=0),
+        Sampling(min_p=0.1, top_k=1100),
+    ]
+    requests = [_request(_with_seed(kinds[i % 5 if i < 150 else 2], i)) for i in range(200)]
+    logits = _logits(6, rows=200, vocab=1200)
+    tokens, _, logprobs = _sample(logits, requests)
+    expected = sample_on_cpu(logits.copy(), requests)
+    assert tokens == [token.token_id for token in expected]
+    for row, (chosen, ids, _) in logprobs.items():
+        assert chosen == pytest.approx(expected[row].logprob, abs=1e-9)
+        assert ids[:2] == [each.token_id for each in expected[row].top_logprobs] or not requests[row].sampling.num_logprobs
+
+
 def test_greedy_takes_the_first_of_equals(target: Target) -> None:
     logits = np.zeros((2, 9), np.float32)
     logits[1, [4, 6]] = 2

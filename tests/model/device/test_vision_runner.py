@@ -13,7 +13,7 @@ from epd.errors import BadConfig, BadImage
 from epd.model.device.vision_attention import Sequences, dense
 from epd.model.device.vision_runner import DeviceVisionRunner
 from epd.step import ImageInput
-from gpu.stream import Deferred
+from gpu.deferred import Deferred
 from tests.model.device.engine import Target
 from tests.model.device.vision import BLOCK_ROWS, DeviceVision, images_of, reference_rows
 from tests.model.reference import VL_NAMES, Model

@@ -14,8 +14,7 @@ from epd.model.device.vision import DeviceVisionModel
 from epd.model.device.vision_runner import DeviceVisionRunner
 from epd.model.preprocess import Grid, image_grid, num_image_tokens, preprocess
 from epd.step import ImageInput
-from gpu.pool import Now
-from gpu.stream import Deferred
+from gpu.deferred import Deferred, Now
 from tests.model.device.engine import Target
 from tests.model.reference import Model, png
 
