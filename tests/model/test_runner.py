@@ -97,11 +97,12 @@ def test_a_token_may_be_fed_before_it_is_known(sampling: Sampling, model_of: Mod
 
 def test_a_token_that_the_last_step_did_not_draw_cannot_be_fed(model_of: ModelOf, open_engine: OpenEngine) -> None:
     engine = open_engine(model_of("qwen3-gqa4-tied"))
-    running = engine.sequence(engine.model.prompt(1), num_tokens=5)
-    _run([running], engine.runner, until=1)
-    running.output[-1] = Token(PENDING)
-    with pytest.raises(ValueError, match="a token that the last step did not draw"):
-        engine.runner.execute(StepPlan((_named(running, 1),)))
+    first, second = (engine.sequence(engine.model.prompt(seed), num_tokens=5) for seed in range(2))
+    first.take(engine.runner.execute(StepPlan((_named(first, 1),))).tokens[0])
+    engine.runner.execute(StepPlan((_named(second, 2),)))
+    first.output[-1] = Token(PENDING)
+    with pytest.raises(ValueError, match="r1 is to go on with a token that the last step did not draw"):
+        engine.runner.execute(StepPlan((_named(first, 1),)))
 
 
 def test_threads_change_nothing(model_of: ModelOf, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
