@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from epd.errors import BadRequest
-from gpu.pool import Now
+from gpu.deferred import Now
 from protocol.messages import RequestId, Sampling, Token
 
 Int32Array = npt.NDArray[np.int32]

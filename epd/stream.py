@@ -8,7 +8,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:  # a gateway imports this module and needs no kernels
-    from gpu.stream import Deferred, Stream
+    from gpu.deferred import Deferred
+    from gpu.stream import Stream
 
 
 P = ParamSpec("P")

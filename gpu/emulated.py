@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu import plain_copy
+from gpu.deferred import Deferred
 from gpu.host_pool import HostLanding, HostPool, HostScratch, MappedHostPool
 from gpu.pool import Blocks, PoolExport, PoolSpec
-from gpu.stream import Deferred, HostStream
+from gpu.stream import HostStream
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol
 
+from gpu.deferred import Now
 from gpu.errors import LayoutMismatch
-from gpu.stream import Deferred
-
-T = TypeVar("T")
-Now: TypeAlias = T | Deferred[T]
-"""A value, or, from a call on a stream, what will give it once the device has come so far."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,24 +6,16 @@ import functools
 import os
 import queue
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
+from gpu.deferred import Deferred
 from gpu.errors import StreamClosed
 
 P = ParamSpec("P")
 T = TypeVar("T")
 _Work = tuple["Future[Any]", Callable[[], Any]]
-
-
-class Deferred(ABC, Generic[T]):
-    """What a call may return in place of its value while the device is still at its work."""
-
-    @abstractmethod
-    def value(self) -> T:
-        """Called once, when the device has passed the point at which the call returned."""
 
 
 class Stream(Protocol):

@@ -16,8 +16,8 @@ from epd.emulated.cost import preprocess_s, work_of
 from epd.emulated.device import EmulatedDevice, Work
 from epd.emulated.tokens import Words, drawn, embedding_rows, terms
 from epd.step import PENDING, ImageInput, SequenceStep, StepOutput, StepPlan
+from gpu.deferred import Deferred
 from gpu.host_pool import HostPool
-from gpu.stream import Deferred
 from protocol.messages import RequestId, Token
 
 WORD_BYTES = 8

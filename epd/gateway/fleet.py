@@ -129,8 +129,8 @@ class Fleet(Actor):
         )
         if strange is not None:
             raise Refused(
-                f"worker {worker} on {join.device} has blocks in {join.block_format}, {strange.load.worker} on {strange.join.device} "
-                f"in {strange.join.block_format}: the workers of one cluster need the same kind of --device"
+                f"worker {worker} on {join.device} has blocks in {join.block_format}, {strange.load.worker} on "
+                f"{strange.join.device} in {strange.join.block_format}: the workers of one cluster need the same kind of --device"
             )
         now = self._clock()
         loads = tuple(StageLoad(role) for role in join.roles)

@@ -27,9 +27,10 @@ from gpu.cuda.driver import Driver
 from gpu.cuda.handle import LABEL_BYTES, MEMORY, PAGE_BYTES, Handle, label, memory_size
 from gpu.cuda.mover import Mover
 from gpu.cuda.processes import Processes, ProcessId
+from gpu.deferred import Deferred, Now
 from gpu.errors import CannotMap, DeviceFailed, PoolClosed, StreamClosed
-from gpu.pool import Now, PoolExport
-from gpu.stream import Deferred, HostStream
+from gpu.pool import PoolExport
+from gpu.stream import HostStream
 
 _ASK_AGAIN_S = 50e-6
 _OWNER_TIMEOUT_S = 5.0

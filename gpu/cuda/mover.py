@@ -16,8 +16,7 @@ from torch import Tensor, int64
 from gpu.cuda.driver import Driver, HostBytes
 from gpu.cuda.kernels import Kernels
 from gpu.cuda.memory import PinnedMemory
-from gpu.pool import Now
-from gpu.stream import Deferred
+from gpu.deferred import Deferred, Now
 
 _WORD = 8
 _Launch = Callable[[Tensor], None]

@@ -24,9 +24,9 @@ from gpu.cuda.mapping import MappedCudaPool
 from gpu.cuda.memory import DeviceMemory
 from gpu.cuda.mover import Mover, check_ids, rows_of
 from gpu.cuda.processes import Processes
+from gpu.deferred import Deferred, Now
 from gpu.errors import BrokenPool, DeviceFailed, LayoutMismatch, PoolClosed
-from gpu.pool import Blocks, Now, PoolExport, PoolSpec, check_copy
-from gpu.stream import Deferred
+from gpu.pool import Blocks, PoolExport, PoolSpec, check_copy
 
 _ALIGNMENT = 16  # what the copy kernel moves at a time
 

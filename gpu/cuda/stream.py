@@ -19,8 +19,8 @@ from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
 from gpu.cuda.driver import Driver
+from gpu.deferred import Deferred
 from gpu.errors import DeviceFailed, StreamClosed
-from gpu.stream import Deferred
 
 P = ParamSpec("P")
 T = TypeVar("T")

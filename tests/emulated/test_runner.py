@@ -52,7 +52,8 @@ def _bench() -> Bench:
     pool = backend.allocate_pool(PoolSpec(32, BLOCK * WORD_BYTES, "kv", 1))
     pool.blocks[:] = 255
     device = EmulatedDevice(PROFILE, clock=StepClock())
-    return Bench(backend, device, EmulatedTextRunner(device, pool, BLOCK, "decode"), pool.array(np.uint64, (BLOCK,)).view(np.uint64))
+    slots = pool.array(np.uint64, (BLOCK,)).view(np.uint64)
+    return Bench(backend, device, EmulatedTextRunner(device, pool, BLOCK, "decode"), slots)
 
 
 def _sequence(tokens: list[int], computed: int, table: list[int], *, seed: int | None = None, **more: object) -> SequenceStep:

@@ -26,7 +26,7 @@ from epd.model.device.sampler import Logprobs, is_greedy, sample
 from epd.model.device.text import Buffers, ChunkInputs, DeviceTextModel, Inputs
 from epd.model.device.work_queue import Mark, WorkQueue, open_queue
 from epd.step import PENDING, EmbeddingSpan, SampleRequest, StepOutput, StepPlan
-from gpu.stream import Deferred
+from gpu.deferred import Deferred
 from protocol.messages import RequestId, Sampling, Token, TokenLogprob
 
 FloatArray = npt.NDArray[np.float32]

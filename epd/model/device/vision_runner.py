@@ -1,4 +1,5 @@
 """The runner that encode drives on a device: files in on one stream, rows written to the embedding pool on another.
+from gpu.deferred import Deferred, Now
 
 Owns the order of a step: grey levels and places of all patches in one copy, the tower, rows straight to their blocks, checksums.
 Waits for none of it. Does not know the tower's layers.
@@ -22,8 +23,7 @@ from epd.model.device.vision_attention import Sequences, Timed, choose
 from epd.model.device.work_queue import WorkQueue, open_queue
 from epd.model.preprocess import Grid, pixel_patches
 from epd.step import ImageInput
-from gpu.pool import Now
-from gpu.stream import Deferred
+from gpu.deferred import Deferred, Now
 
 Levels = npt.NDArray[np.uint8]
 Checksums = tuple[list[int] | Exception, ...]

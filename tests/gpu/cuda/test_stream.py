@@ -7,8 +7,8 @@ from concurrent.futures import CancelledError, Future
 import pytest
 
 from gpu.cuda.stream import CudaStream
+from gpu.deferred import Deferred
 from gpu.errors import DeviceFailed, StreamClosed
-from gpu.stream import Deferred
 from tests.gpu.cuda.fake_driver import FakeDriver
 
 
