@@ -40,6 +40,11 @@ def transformers_command(port: int, model: str) -> list[str]:
     return [program, "serve", model, *options, "--host", "127.0.0.1", "--port", str(port)]
 
 
+def flood_command(port: int, *, tokens_per_s: float, num_tokens: int) -> list[str]:
+    """A server that computes nothing and streams `num_tokens` tokens to whoever asks, so many a second."""
+    return [sys.executable, "-m", "tools.bench.flood", str(port), "--rate", str(tokens_per_s), "--num-tokens", str(num_tokens)]
+
+
 def thread_environment(num_threads: int) -> dict[str, str]:
     """Variables that give the usual numeric libraries `num_threads` threads."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")

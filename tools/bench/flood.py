@@ -104,11 +104,16 @@ def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-async def _serve(port: int, rate: float, num_tokens: int) -> None:
-    flood = Flood(rate, num_tokens)
-    server = await asyncio.get_running_loop().create_server(lambda: _Connection(flood), "127.0.0.1", port, backlog=4096)
-    async with server:
-        await flood.run()
+async def serve(flood: Flood, port: int) -> tuple[asyncio.Server, asyncio.Task[None]]:
+    """A listening server, and the task that streams."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: _Connection(flood), "127.0.0.1", port, backlog=4096)
+    return server, loop.create_task(flood.run(), name="flood")
+
+
+async def _serve_for_ever(port: int, rate: float, num_tokens: int) -> None:
+    _, running = await serve(Flood(rate, num_tokens), port)
+    await running
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-tokens", type=int, default=100, help="of an answer (default: 100)")
     args = parser.parse_args(argv)
     try:
-        uvloop.run(_serve(args.port, args.rate, args.num_tokens))
+        uvloop.run(_serve_for_ever(args.port, args.rate, args.num_tokens))
     except KeyboardInterrupt:
         return 130
     return 0

@@ -9,8 +9,9 @@ from tools.loadgen.arrivals import Rate
 from tools.loadgen.campaign import Harness, Load, find_knee, sweep
 from tools.loadgen.knee import KneeSearch
 from tools.loadgen.slo import Slo
+from tools.loadgen.stream import Record
 from tools.loadgen.trace import TraceEntry
-from tools.loadgen.workload import WorkloadSpec
+from tools.loadgen.workload import LoadRequest, WorkloadSpec
 
 SPEC = WorkloadSpec(model="m")
 
@@ -63,6 +64,20 @@ async def test_the_knee_of_a_queue_is_near_its_capacity() -> None:
     cut = [run for run in runs if run.run.was_cut]
     assert cut, "a probe that is lost is not run to its end"
     assert all(run.summary.good_share < 0.9 for run in cut)
+
+
+async def test_a_probe_is_not_given_up_for_its_warm_up() -> None:
+    class Cold(QueueModel):
+        async def ask(self, request: LoadRequest, scheduled_s: float | None = None, *, keeps_text: bool = False) -> Record:
+            self.service_s = 0.3 if self.clock.now_s < 1002.0 else 0.001
+            return await super().ask(request, scheduled_s, keeps_text=keeps_text)
+
+    model = Cold(0.3)
+    load = Load(rate=Rate(3, 3), burstiness=0.0, duration_s=20.0, warmup_s=3.0)
+    run = await harness_of(model, Slo(ttft=0.05)).measure(load, max_bad_share=0.0)
+    assert not run.run.was_cut
+    assert run.summary.good_share == 1.0
+    assert sum(not Slo(ttft=0.05).holds(record) for record in run.run.records) == 5
 
 
 async def test_the_search_ends_in_time() -> None:

@@ -1,7 +1,7 @@
 """What is reported is what the server did: against a real server in real time that keeps its own record, and against a stall.
 
 Server and generator read the same clock in the same event loop. Where the host is late, the server is late too and its record
-says so; what remains is the time from a write to the read that follows it, for which the generator's own loop lag stands.
+says so; what remains is the time from a write to the read that follows it, a few turns of the loop, whose longest is measured.
 """
 
 from __future__ import annotations
@@ -70,8 +70,36 @@ class RecordingServer:
         return response
 
 
+class LoopWatch:
+    """How long a turn of the event loop took at most, while it is entered."""
+
+    def __init__(self) -> None:
+        self._longest_s = 0.0
+
+    @property
+    def read_lag_s(self) -> float:
+        """The longest time from a write to when its reader has run: the socket, the waiter and its task take a turn each."""
+        return 3 * self._longest_s
+
+    async def __aenter__(self) -> LoopWatch:
+        self._task = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        before_s = time.perf_counter()
+        while True:
+            await asyncio.sleep(0)
+            now_s = time.perf_counter()
+            self._longest_s = max(self._longest_s, now_s - before_s)
+            before_s = now_s
+
+
 def check(name: str, found: Distribution, truth_s: Sequence[float], lag_s: float) -> None:
-    """Within 1 % or 1 ms of the server's record, or as far off as the generator says that it itself was late."""
+    """Within 1 % or 1 ms of the server's record, beside what the host took from a write to its read."""
     assert found.count == len(truth_s)
     truth = {f"p{percent}": float(np.percentile(truth_s, percent)) for percent in (50, 90, 95, 99)}
     truth |= {"mean": float(np.mean(truth_s)), "max": max(truth_s)}
@@ -87,11 +115,11 @@ async def measure(server: RecordingServer, load: Load) -> Measured:
 
 
 async def test_the_percentiles_of_a_real_server() -> None:
-    async with RecordingServer(1).running() as server:
+    async with RecordingServer(1).running() as server, LoopWatch() as watch:
         measured = await measure(server, Load(concurrency=6, num_chats=90))
     summary = measured.summary
     assert summary.num_ok == 90
-    lag_s = summary.loop_lag.max_s
+    lag_s = watch.read_lag_s
     check("ITL", summary.itl, [after - before for writes in server.writes_s for before, after in pairwise(writes)], lag_s)
     # The server does not know when a request was sent; it knows when it came.
     firsts, arrivals = np.sort([writes[0] for writes in server.writes_s]), np.sort(server.arrivals_s)
@@ -111,13 +139,14 @@ async def test_a_stall_shows_in_every_request_that_was_due_in_it() -> None:
                 server.runs.clear()
                 loop.call_later(0.4, server.runs.set)
 
-        run = await run_open_loop(client, lambda index: draw_chat(SPEC, index), arrivals, progress=begin_stall)
+        async with LoopWatch() as watch:
+            run = await run_open_loop(client, lambda index: draw_chat(SPEC, index), arrivals, progress=begin_stall)
     summary = summarise(run)
     assert summary.num_ok == len(arrivals)
     # Answers leave in the order of their requests but for the few that were under way together, which does not move a percentile.
     due_s = np.asarray(arrivals) + run.start_s
     truth_s = np.sort([writes[0] for writes in server.writes_s]) - due_s
-    check("TTFT", summary.ttft, list(truth_s), summary.loop_lag.max_s + 0.004)
+    check("TTFT", summary.ttft, list(truth_s), watch.read_lag_s + 0.004)
     assert summary.ttft.p99_s > 0.3
     assert summary.ttft.p90_s > 0.15
 
