@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from epd.devices import Seat, check_device, seats
+from epd.devices import Seat, check_device, seats, step_limits
 from epd.errors import BadConfig
 
 WORKER_ROLES = ("encode", "prefill", "decode")
@@ -221,10 +221,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--block-size", type=int, default=16, help="tokens of one KV block")
     sizes.add_argument("--kv-mib", type=float, default=0.0, help="KV pool of each worker; 0: from free memory and model")
     sizes.add_argument("--embedding-mib", type=float, default=0.0, help="embedding pool of each encode worker; 0: from the model")
-    sizes.add_argument("--token-budget", type=int, default=2048, help="tokens of one prefill step")
-    sizes.add_argument("--max-chunk-tokens", type=int, default=512, help="prompt tokens of one request in one prefill step")
-    sizes.add_argument("--max-running", type=int, default=64, help="requests of one decode step")
-    sizes.add_argument("--max-patches", type=int, default=16384, help="image patches of one encode step")
+    sizes.add_argument("--token-budget", type=int, default=0, help="tokens of one prefill step; 0: what suits the device")
+    sizes.add_argument("--max-chunk-tokens", type=int, default=0, help="prompt tokens of a request in one step; 0: what suits the device")
+    sizes.add_argument("--max-running", type=int, default=0, help="requests of one decode step; 0: what suits the device")
+    sizes.add_argument("--max-patches", type=int, default=0, help="image patches of one encode step; 0: what suits the device")
     sizes.add_argument("--lease-s", type=float, default=30.0, help="how long a handle to unfetched bytes is kept")
 
     link.add_argument(
@@ -287,12 +287,14 @@ def _passed_on(args: argparse.Namespace) -> list[str]:
 def _serve_config(args: argparse.Namespace) -> ServeConfig:
     roles = _roles(args.roles) if args.command == "serve" else ("gateway",)
     _check_ranges(args)
+    device = check_device(args.device) if args.command == "serve" else "cpu"  # a cluster's workers have seats
+    limits = step_limits(device)
     return ServeConfig(
         roles=roles,
         placement=args.placement,
         model=args.model,
         served_model_name=args.served_model_name,
-        device=check_device(args.device) if args.command == "serve" else "cpu",
+        device=device,
         memory_fraction=args.memory_fraction,
         load_format=args.load_format,
         num_threads=args.num_threads,
@@ -313,10 +315,10 @@ def _serve_config(args: argparse.Namespace) -> ServeConfig:
             kv_bytes=int(args.kv_mib * 2**20),
             embedding_bytes=int(args.embedding_mib * 2**20),
             max_model_len=args.max_model_len,
-            token_budget=args.token_budget,
-            max_chunk_tokens=args.max_chunk_tokens,
-            max_running=args.max_running,
-            max_patches=args.max_patches,
+            token_budget=args.token_budget or limits.token_budget,
+            max_chunk_tokens=args.max_chunk_tokens or limits.max_chunk_tokens,
+            max_running=args.max_running or limits.max_running,
+            max_patches=args.max_patches or limits.max_patches,
             lease_s=args.lease_s,
         ),
         admission=AdmissionConfig(
@@ -415,10 +417,10 @@ def _check_ranges(args: argparse.Namespace) -> None:
     at_least = {
         "num_threads": 1,
         "block_size": 1,
-        "token_budget": 16,
-        "max_chunk_tokens": 1,
-        "max_running": 1,
-        "max_patches": 16,
+        "token_budget": 0,
+        "max_chunk_tokens": 0,
+        "max_running": 0,
+        "max_patches": 0,
         "max_requests": 1,
         "max_prompt_tokens": 1,
         "max_images": 0,
@@ -437,6 +439,9 @@ def _check_ranges(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value < least:
             raise BadConfig(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    for name in ("token_budget", "max_patches"):
+        if 0 < (value := getattr(args, name)) < 16:
+            raise BadConfig(f"--{name.replace('_', '-')} {value}: must be at least 16, or 0 for what suits the device")
     if not 0.0 < args.memory_fraction <= 1.0:
         raise BadConfig(f"--memory-fraction {args.memory_fraction}: a share is above 0 and at most 1")
     for name, lowest in (("port", 0), ("cluster_port", -1)):

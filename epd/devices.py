@@ -16,6 +16,21 @@ _SHARES = {"encode": 1, "prefill": 3, "decode": 4}  # of a device's memory: an e
 
 
 @dataclass(frozen=True, slots=True)
+class StepLimits:
+    """How much one step takes on, where the operator does not say."""
+
+    token_budget: int
+    max_chunk_tokens: int
+    max_running: int
+    max_patches: int
+
+
+# A processor is busy with little. A GPU needs thousands of rows to be, and eight 1080p images are 65,280 patches.
+_ON_CPU = StepLimits(token_budget=2048, max_chunk_tokens=512, max_running=64, max_patches=16_384)
+_ON_GPU = StepLimits(token_budget=8192, max_chunk_tokens=2048, max_running=256, max_patches=65_536)
+
+
+@dataclass(frozen=True, slots=True)
 class Seat:
     """Where one worker of a cluster runs, and which share of that device's memory it may take."""
 
@@ -28,6 +43,10 @@ def check_device(text: str) -> str:
     if not _ONE.fullmatch(text):
         raise BadConfig(f"--device {text}: choose cpu, cuda, cuda:N or emulated:PROFILE")
     return "cuda:0" if text == "cuda" else text
+
+
+def step_limits(device: str) -> StepLimits:
+    return _ON_CPU if device == "cpu" else _ON_GPU
 
 
 def seats(devices: str, counts: Mapping[str, int], memory_fraction: float) -> dict[str, tuple[Seat, ...]]:

@@ -39,6 +39,12 @@ def test_stages_by_hand_find_each_other_without_flags() -> None:
     assert encode.link.token == gateway.link.token
 
 
+@pytest.mark.parametrize(("device", "token_budget", "max_running"), [("cpu", 2048, 64), ("cuda", 8192, 256)])
+def test_a_step_is_as_large_as_suits_the_device_unless_said_otherwise(device: str, token_budget: int, max_running: int) -> None:
+    engine = _serve("--device", device, "--max-chunk-tokens", "100").engine
+    assert (engine.token_budget, engine.max_running, engine.max_chunk_tokens) == (token_budget, max_running, 100)
+
+
 def test_roles_are_put_in_the_order_of_the_walk() -> None:
     assert _serve("--roles", "decode, encode").roles == ("encode", "decode")
 
@@ -55,7 +61,8 @@ def test_roles_are_put_in_the_order_of_the_walk() -> None:
         (["--device", "cuda:0,cuda:1"], "choose cpu, cuda"),
         (["--memory-fraction", "0"], "a share is"),
         (["--block-size", "0"], "--block-size"),
-        (["--token-budget", "1"], "--token-budget"),
+        (["--token-budget", "-1"], "--token-budget"),
+        (["--token-budget", "15"], "at least 16"),
         (["--port", "70000"], "not a port"),
         (["--kv-mib", "-1"], "--kv-mib"),
         (["--cluster-host", "0.0.0.0"], "EPD_TOKEN"),

@@ -191,12 +191,12 @@ class Receiver:
             pool = answer.message.pool
             if pool.generation != ref.generation:
                 raise StaleHandle(f"handle of {ref.worker} is from a {kind_of(ref)} pool that is gone")
-            self._sources[key] = _Source(pool, self._map(pool, endpoint))
+            self._sources[key] = _Source(pool, await self._map(pool, endpoint))
             if ref.worker not in self._watched:
                 self._watched[ref.worker] = self._system.watch(ref.worker, self._forget)
             return self._sources[key]
 
-    def _map(self, pool: PoolRef, endpoint: Endpoint) -> Blocks | None:
+    async def _map(self, pool: PoolRef, endpoint: Endpoint) -> Blocks | None:
         if best_rung(self._system.endpoint, endpoint, allowed=self._allowed, cannot_map=False) is not Rung.MAPPED:
             return None
         export = PoolExport(
@@ -208,7 +208,7 @@ class Receiver:
             layout=pool.layout,
         )
         try:
-            return self._backend.map_pool(export)
+            return await on_stream(self._stream, self._backend.map_pool, export)  # a device takes milliseconds
         except CannotMap as error:
             _log.warning("cannot map, using the socket", worker=pool.worker, kind=pool.kind, reason=str(error))
             return None
