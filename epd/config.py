@@ -222,7 +222,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--kv-mib", type=float, default=0.0, help="KV pool of each worker; 0: from free memory and model")
     sizes.add_argument("--embedding-mib", type=float, default=0.0, help="embedding pool of each encode worker; 0: from the model")
     sizes.add_argument("--token-budget", type=int, default=0, help="tokens of one prefill step; 0: what suits the device")
-    sizes.add_argument("--max-chunk-tokens", type=int, default=0, help="prompt tokens of a request in one step; 0: what suits the device")
+    sizes.add_argument("--max-chunk-tokens", type=int, default=0, help="tokens of one request in it; 0: what suits the device")
     sizes.add_argument("--max-running", type=int, default=0, help="requests of one decode step; 0: what suits the device")
     sizes.add_argument("--max-patches", type=int, default=0, help="image patches of one encode step; 0: what suits the device")
     sizes.add_argument("--lease-s", type=float, default=30.0, help="how long a handle to unfetched bytes is kept")
