@@ -20,7 +20,7 @@ RUN_READY := $(VENV)/.ready-run-$(DEVICE_KIND)
 TEST_READY := $(VENV)/.ready-test-$(DEVICE_KIND)
 JOBS ?= 2
 
-.PHONY: help run-cluster test check-deploy lint bench eval clean
+.PHONY: help run-cluster test check-deploy check-dashboard lint bench eval clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -37,6 +37,12 @@ check-deploy: $(TEST_READY)  ## deploy/: alert rules and dashboard against a rea
 	@for name in promtool prometheus; do command -v $$name >/dev/null || { echo "check-deploy needs $$name, which is not here: install it with" \
 		"'sudo apt-get install prometheus', or from https://prometheus.io/download, and run this again" >&2; exit 1; }; done
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/deploy/check_prometheus.py $(PYTEST_ARGS)
+
+check-dashboard: $(TEST_READY)  ## the live view in a real headless browser (needs Chromium)
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name >/dev/null && found=1; done; \
+		[ -n "$$found" ] || { echo "check-dashboard needs Chromium, which is not here: install it with 'sudo apt-get install chromium'" \
+		"and run this again" >&2; exit 1; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/http/check_dashboard.py $(PYTEST_ARGS)
 
 lint: $(TEST_READY)  ## ruff, strict mypy and the layer contracts
 	@$(BIN)/ruff check

@@ -60,6 +60,7 @@ class Journey:
         self._num_failed = 0
         self._salt = request.cache_salt
         self._avoid: set[WorkerId] = set()
+        self._attempt_began_s = 0.0  # on the timeline
         self._ended_early_at: float | None = None  # when the last attempt did, until a token has come after it
 
     async def tokens(self) -> AsyncGenerator[OutputToken, None]:
@@ -88,7 +89,7 @@ class Journey:
         """Choose the workers and describe the work that is left: the prompt and what came out of it so far."""
         token_ids = (*self._request.token_ids, *self._output)
         timeline = self._request.timeline
-        began_s = timeline.now() if timeline is not None else 0.0
+        began_s = self._attempt_began_s = timeline.now() if timeline is not None else 0.0
         placed = await self._stages.fleet.place(
             token_ids, self._request, avoid=frozenset(self._avoid), timeout_s=self._time_left()
         )
@@ -137,6 +138,9 @@ class Journey:
     async def _back_off_or_raise(self, error: EpdError, attempt: Attempt) -> None:
         self._num_failed += 1
         self._stages.observer.attempt_failed(error, attempt.suspect)
+        if self._request.timeline is not None:
+            name, suspect = f"failed: {error.code}", attempt.suspect or ""
+            self._request.timeline.add(name, "gateway", self._attempt_began_s, worker=suspect)
         if isinstance(error, CorruptTransfer):
             # It may be the owner's own memory that is spoilt, and then its prefix cache is not to be trusted for this prompt.
             self._salt = f"{self._request.cache_salt}#{self.request_id}#{self._epoch}"

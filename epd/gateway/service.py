@@ -90,7 +90,9 @@ class Gateway:
         return self._observer.metrics.render(self._stages.fleet.members())
 
     def live(self, *, after_moment: int, after_revision: int) -> dict[str, object]:
-        return {**self.cluster(), **self._observer.describe(after_moment=after_moment, after_revision=after_revision)}
+        is_ready, reason = self.ready()
+        seen = self._observer.describe(after_moment=after_moment, after_revision=after_revision)
+        return {**self.cluster(), **seen, "is_ready": is_ready, "reason": reason}
 
     # --- choices ----------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from epd.errors import BadConfig, BodyTooLarge, EpdError, InternalError, Unavail
 from epd.gateway.engine import Engine
 from epd.gateway.prompt import Prompter
 from epd.http.answer import KEEP_ALIVE_S, PATIENCE_S
+from epd.http.dashboard import Dashboard
 from epd.http.errors import NotAuthorized, UnknownRoute, WrongMethod, error_response
 from epd.http.images import Allowed, ImageFetcher, is_public
 from epd.http.probes import HttpMetrics, Probes
@@ -52,6 +53,7 @@ class HttpServer:
         timing = Timing(request_timeout_s=request_timeout_s, patience_s=patience_s, keep_alive_s=keep_alive_s)
         self._routes = OpenAIRoutes(config, engine, prompter, self._images, timing=timing, fingerprint=f"epd-{_version()}")
         self._probes = Probes(engine, self._metrics, lambda: self._draining)
+        self._dashboard = Dashboard(engine)
         self._draining = False
         self._num_running = 0
         self._idle = asyncio.Event()
@@ -103,7 +105,7 @@ class HttpServer:
     # --- the application --------------------------------------------------------------------------------------------
 
     def _application(self) -> web.Application:
-        routes, probes = self._routes, self._probes
+        routes, probes, dashboard = self._routes, self._probes, self._dashboard
         # Room for the check of our own, which answers in the API's words.
         app = web.Application(middlewares=[self._middleware], client_max_size=self._config.max_body_bytes)
         app.router.add_post("/v1/chat/completions", self._generation(routes.chat))
@@ -111,6 +113,8 @@ class HttpServer:
         app.router.add_get("/v1/models", routes.models)
         app.router.add_get("/v1/models/{model:.+}", routes.model)
         app.router.add_get("/v1/cluster", probes.cluster)
+        app.router.add_get("/v1/cluster/live", dashboard.live)
+        app.router.add_get("/dashboard", dashboard.page)
         app.router.add_get("/health", probes.health)
         app.router.add_get("/ready", probes.ready)
         app.router.add_get("/metrics", probes.metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from contextlib import aclosing
 from typing import Any
 
@@ -224,7 +225,8 @@ def test_a_clients_own_mistake_is_no_event() -> None:
 
 async def test_a_request_that_survives_a_worker_is_a_recovery() -> None:
     async with world({"e0": "encode", "p0": "prefill", "d0": "decode", "d1": "decode"}) as made:
-        request = made.request(list(range(100, 117)), 40)
+        timeline = Timeline(made.clock)
+        request = dataclasses.replace(made.request(list(range(100, 117)), 40), timeline=timeline)
         outputs = made.journey(request).tokens()
         async with aclosing(outputs):
             await anext(outputs)
@@ -243,3 +245,5 @@ async def test_a_request_that_survives_a_worker_is_a_recovery() -> None:
         assert _value(observer, 'epd_workers_lost_total{role="decode"}') == 1
         assert _alerts(observer) == ["EpdWorkerLost"]
         assert ("attempt failed", busy) in _kinds(observer)
+        failed = [(span.stage, span.worker) for span in timeline.spans() if span.name.startswith("failed: ")]
+        assert failed == [("gateway", busy)]
