@@ -37,7 +37,7 @@ class DecodeSteps:
         max_model_len: int,
     ) -> None:
         """`drawn`, int64 [max_sequences]: where each step puts its likeliest tokens, and finds those of the step before."""
-        self._model, self._kv, self._drawn = model, kv_pool, drawn
+        self._model, self._kv, self._drawn, self._queue = model, kv_pool, drawn, queue
         self._graphs = Graphs(queue, self._work_of, options, max_sequences)
         largest, width = max(self._graphs.buckets, default=0), -(-max_model_len // kv_pool.shape[4])
         self._memory = torch.zeros(_layout(largest, (largest, width)).num_bytes, dtype=torch.uint8, device=model.device)
@@ -69,7 +69,7 @@ class DecodeSteps:
             array[..., num_rows:] = padding
         staged["block_tables"][...] = batch.block_tables
         sent = staging.send(staged, self._memory)
-        self._block_tables[:num_rows, :width] = sent["block_tables"]
+        self._queue.copy(sent["block_tables"], self._block_tables[:num_rows, :width])
         self._graphs.replay(bucket)
         return self._buffers_of(bucket).logits(num_rows)
 

@@ -35,7 +35,7 @@ class WorkQueue(Protocol):
         """uint8 [num_bytes] of host memory that the device copies from and to by itself. Its content is not set."""
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy between the device and `host_memory`, in order with what is launched, without waiting for it."""
+        """Copy on the device, or between it and `host_memory`, in order with what is launched, without waiting for it."""
 
     def mark(self) -> Mark: ...
 

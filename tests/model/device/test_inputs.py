@@ -54,7 +54,7 @@ def test_memory_is_used_again_as_soon_as_its_copy_is_done() -> None:
     staging = Staging(queue)
     for _ in range(10):  # one step is ahead of the device, no more
         staging.send(staging.begin(ONE))
-        if len(queue.late) > 1:
+        if len(queue.waiting) > 1:
             queue.catch_up(1)
     assert len(queue.host_memories) == 2
 

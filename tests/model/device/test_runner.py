@@ -13,8 +13,10 @@ from epd.errors import BadConfig
 from epd.model.device.graphs import GraphOptions
 from epd.model.device.runner import DeviceTextRunner
 from epd.step import PENDING, SequenceStep, StepPlan
+from gpu.cuda.reference import TorchKernels
 from protocol.messages import RequestId, Sampling, Token
 from tests.model.device.engine import NO_GRAPHS, DeviceEngine, Overlapped, Target
+from tests.model.device.lagging import LaggingQueue
 from tests.model.device.watching import HostRead, Unwatched, reads_are_errors
 from tests.model.reference import CASE_NAMES, GREEDY, Model, Running
 
@@ -30,7 +32,7 @@ PLAIN = Sampling(temperature=0.8, seed=5)
 def test_greedy_tokens_equal_generate(name: str, chunk: int, model_of: ModelOf, open_engine: OpenEngine) -> None:
     model = model_of(name)
     engine = open_engine(model)
-    for seed in range(3):
+    for seed in range(2):
         prompt = model.prompt(seed, length=8 + 5 * seed)
         assert _ids(engine.generate(prompt, num_tokens=12, chunk=chunk)) == model.reference_tokens(prompt, 12)
     assert engine.device_runner.captured == {1}
@@ -82,6 +84,33 @@ def test_steps_that_overlap_draw_the_same_tokens(
     running = [engine.sequence(prompt, sampling, num_tokens=3 + 4 * i) for i, prompt in enumerate(prompts)]
     Overlapped(engine, running).run()
     assert [_ids(each.output) for each in running] == expected
+
+
+def test_steps_may_be_given_to_a_device_that_has_done_none_of_them(model_of: ModelOf) -> None:
+    """Three steps are launched, with fewer rows each, before the first of them begins."""
+    model = model_of("vl-deepstack2-tied")
+    queue = LaggingQueue(is_late=False)
+    here = Target(torch.device("cpu"), torch.float32, TorchKernels())
+    engine = DeviceEngine(model, here, queue=queue, block_size=8, graphs=GraphOptions(captured_at_start=(1, 2, 4)))
+    engine.device_runner.prepare()
+    running = [engine.sequence(model.prompt(seed, length=3 + 5 * seed), num_tokens=4) for seed in range(3)]
+    prompts = [replace(each.step(10_000), request_id=RequestId(str(i))) for i, each in enumerate(running)]
+    for each, token in zip(running, engine.execute(prompts), strict=True):
+        each.take(token)
+    queue.is_late = True
+    outcomes = []
+    for count in range(3):
+        steps = []
+        for i, each in enumerate(running[count:], count):
+            step = replace(each.step(1), request_id=RequestId(str(i)))
+            each.take(Token(PENDING))
+            steps.append(step)
+        outcomes.append(engine.device_runner.execute(StepPlan(tuple(steps))))
+    assert queue.waiting
+    for count, outcome in enumerate(outcomes):
+        tokens = [token.token_id for token in outcome.value().tokens if token is not None]
+        assert tokens == [model.reference_tokens(each.prompt, 2 + count)[-1] for each in running[count:]]
+    engine.close()
 
 
 def test_a_capture_amid_overlapped_steps_loses_no_token(model_of: ModelOf, open_engine: OpenEngine) -> None:

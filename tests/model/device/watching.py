@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ def reads_are_errors(device: torch.device) -> Iterator[None]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return
-    with _Watching():
+    with _Watching():  # type: ignore[no-untyped-call]
         yield
 
 
@@ -37,9 +37,10 @@ class Unwatched:
     """Kernels whose twins read values, where the kernels themselves do not."""
 
     def __init__(self, kernels: Kernels) -> None:
+        self.name = kernels.name
         self._kernels = kernels
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
+    def __getattr__(self, name: str) -> Any:
         method = getattr(self._kernels, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -49,7 +50,7 @@ class Unwatched:
         return call
 
 
-class _Watching(TorchDispatchMode):
+class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
     _num_paused = 0
 
     @classmethod
