@@ -87,6 +87,7 @@ class CudaStack:
             _own(kv).array(self._placement.torch_dtype, self._model.kv_block_shape(engine.block_size)),
             max_sequences=engine.max_running,
             max_model_len=self._sizes.max_model_len,
+            max_tokens=engine.token_budget if stage == "prefill" else 1,
             # A prompt's step is seldom of single tokens, and graphs hold memory for the largest.
             graphs=GraphOptions() if stage == "decode" else GraphOptions(max_batch=0),
         )

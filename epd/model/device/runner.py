@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from epd.errors import BadConfig
-from epd.model.batch import Batch, make_batch
+from epd.model.batch import Batch, Chunk, make_batch
 from epd.model.device.decode_steps import DecodeSteps
 from epd.model.device.graphs import GraphOptions
 from epd.model.device.inputs import Layout, Staging
@@ -42,13 +42,15 @@ class DeviceTextRunner:
         *,
         max_sequences: int,
         max_model_len: int,
+        max_tokens: int = 1,
         graphs: GraphOptions | None = None,
         queue: WorkQueue | None = None,
     ) -> None:
         """`kv_pool`: the pool's blocks as [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] of the model's dtype.
 
-        `max_sequences` in one step; `max_model_len` tokens in one context. Several runners may share a model. Raises BadConfig
-        for a pool of other blocks.
+        `max_sequences` in one step, no more are taken; `max_model_len` tokens in one context; `max_tokens` in one step of chunks,
+        which `prepare` sees to: more are taken, with memory that has to be found then. Several runners may share a model. Raises
+        BadConfig for a pool of other blocks.
         """
         text = model.config
         block_size = kv_pool.shape[4]
@@ -59,6 +61,7 @@ class DeviceTextRunner:
         self._kv = kv_pool
         self._block_size = block_size
         self._max_sequences = max_sequences
+        self._max_tokens = min(max_tokens, len(kv_pool) * block_size)
         self._queue = queue or open_queue(model.device)
         self._staging = Staging(self._queue)
         self._buffers = Buffers(model)
@@ -76,8 +79,9 @@ class DeviceTextRunner:
         self._queue.synchronize()  # what was made here may have been made on another stream than steps run on
 
     def prepare(self) -> None:
-        """Compile kernels and capture the graphs that are wanted at start. On the stage's stream; blocks."""
+        """Make all that a first step would have to wait for: kernels, graphs, memory, code. On the stage's stream; blocks."""
         self.model.kernels.warm_up(self.model.geometry(self._block_size), self.model.device)
+        self._rehearse()
         self._decode.capture_first()
         self._queue.synchronize()
 
@@ -162,6 +166,27 @@ class DeviceTextRunner:
         self._buffers.reserve_workspace(batch.num_single)
         return self.model.forward(inputs, self._drawn, self._kv, self._buffers)
 
+    @torch.inference_mode()
+    def _rehearse(self) -> None:
+        """A step of padding alone, as large as they get, and sampling of every kind."""
+        num_tokens = self._max_tokens
+        padding = Batch(
+            token_ids=np.zeros(num_tokens, np.int64),
+            positions=np.zeros((3, num_tokens), np.int32),
+            slots=np.full(num_tokens, -1, np.int64),
+            num_single=0,
+            block_tables=np.zeros((0, 0), np.int32),
+            context_lens=np.zeros(0, np.int32),
+            chunks=(Chunk(0, num_tokens, num_tokens, np.zeros(-(-num_tokens // self._block_size), np.int32)),),
+            embeddings=(),
+            sampled=(0,),
+            sampled_rows=np.array([num_tokens - 1], np.int64),
+        )
+        logits, nothing = self._launch(padding, has_pending=True), np.zeros(1, np.int32)
+        for sampling in _SAMPLED_IN_REHEARSAL:
+            logits.zero_()  # of what is in memory that nobody wrote to, anything may have come
+            sample(logits, [SampleRequest(sampling, nothing, nothing)], self._drawn[:1], self._staging)
+
     def _embedding(self, span: EmbeddingSpan) -> Tensor:
         """Rows on the device, where they are already unless they were encoded elsewhere."""
         rows = span.rows if isinstance(span.rows, Tensor) else torch.from_numpy(np.ascontiguousarray(span.rows))
@@ -202,6 +227,11 @@ class _Outcome(Deferred[StepOutput]):
         return StepOutput(tuple(tokens), self._finished.seconds_since(self._started))
 
 
+_SAMPLED_IN_REHEARSAL = (
+    Sampling(temperature=0.0),
+    Sampling(top_k=20, top_p=0.9, min_p=0.1),
+    Sampling(top_p=0.9, num_logprobs=1, repetition_penalty=1.1),
+)
 _TORCH_DTYPES = {np.int64: torch.int64, np.int32: torch.int32}
 
 

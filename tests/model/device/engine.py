@@ -44,6 +44,7 @@ class DeviceEngine(Engine):
         block_size: int = 16,
         num_blocks: int = 256,
         max_sequences: int = 32,
+        max_tokens: int = 1,
         graphs: GraphOptions | None = None,
         weights: TensorSource | None = None,
         queue: WorkQueue | None = None,
@@ -60,6 +61,7 @@ class DeviceEngine(Engine):
             self.kv,
             max_sequences=max_sequences,
             max_model_len=MAX_MODEL_LEN,
+            max_tokens=max_tokens,
             graphs=graphs,
             queue=queue,
         )

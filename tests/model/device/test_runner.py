@@ -176,6 +176,16 @@ def test_what_is_captured_at_start_and_what_when_needed(model_of: ModelOf, open_
     assert engine.device_runner.captured == {1, 2, 4}
 
 
+@pytest.mark.parametrize("max_tokens", [1, 40])
+def test_what_goes_before_the_first_step_leaves_no_trace(max_tokens: int, model_of: ModelOf, open_engine: OpenEngine) -> None:
+    model = model_of("vl-deepstack2-tied")
+    engine = open_engine(model, max_tokens=max_tokens)
+    engine.device_runner.prepare()
+    assert engine.kv.isnan().all()
+    prompt = model.prompt(seed=4)
+    assert _ids(engine.generate(prompt, num_tokens=5)) == model.reference_tokens(prompt, 5)
+
+
 def test_two_runners_share_one_model(model_of: ModelOf, open_engine: OpenEngine) -> None:
     model = model_of("qwen3-mha-bias")
     engine = open_engine(model)
