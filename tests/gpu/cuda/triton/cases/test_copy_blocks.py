@@ -55,11 +55,11 @@ def test_copy_alone_and_no_blocks(kernels: Kernels, device: torch.device) -> Non
 
 @pytest.mark.parametrize("pair", [(-1, 0), (2, 0), (0, -1), (0, 2), (1 << 40, 0)], ids=str)
 def test_ids_out_of_range_copy_nothing(kernels: Kernels, device: torch.device, pair: tuple[int, int]) -> None:
-    src, dst = random_blocks(2, 64, device), random_blocks(2, 64, device, 2)
-    sums = ids(device, 7, 7)
-    kernels.copy_blocks(src, ids(device, pair[0], 1), dst, ids(device, pair[1], 1), sums)
-    assert torch.equal(dst[0], random_blocks(2, 64, device, 2)[0])
-    assert torch.equal(dst[1], src[1])
+    src, around = random_blocks(2, 64, device), random_blocks(3, 64, device, 2)
+    before, sums = around.clone(), ids(device, 7, 7)
+    kernels.copy_blocks(src, ids(device, pair[0], 1), around[:2], ids(device, pair[1], 1), sums)
+    assert torch.equal(around[1], src[1])
+    assert torch.equal(around[[0, 2]], before[[0, 2]])
     assert sums.tolist() == [0, *sums_of(src[1:])]
 
 

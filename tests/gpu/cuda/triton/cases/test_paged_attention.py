@@ -74,7 +74,7 @@ def test_no_parts_at_all(device: torch.device, twin: Kernels) -> None:
 
 
 def test_more_parts_than_are_merged_at_once(device: torch.device, twin: Kernels) -> None:
-    compare(TritonKernels(num_sms=132), twin, Geometry(2, 1, 16, 16), torch.float32, device, [32 * 35 + 1])
+    compare(TritonKernels(num_sms=132), twin, Geometry(16, 1, 16, 16), torch.float32, device, [32 * 63 + 1])
 
 
 def test_large_scores_do_not_overflow(kernels: Kernels, twin: Kernels, device: torch.device) -> None:

@@ -26,10 +26,10 @@ def run(
     qkv = normal((num_tokens, (g.num_heads + 2 * g.num_kv_heads) * g.head_dim), dtype, device, 1)
     norms = normal((2, g.head_dim), dtype, device, 2) if has_norm else (None, None)
     angles = 3 * normal((num_tokens, g.head_dim // 2), torch.float32, device, 3)
-    pool = torch.full_like(kv_pool(g, NUM_BLOCKS, dtype, device), 9.0)
+    pool = torch.full_like(kv_pool(g, NUM_BLOCKS + 1, dtype, device), 9.0)  # the last block is beyond the pool
     q_out = torch.full((num_tokens, g.num_heads, g.head_dim), torch.nan, dtype=dtype, device=device)
     at = torch.tensor(slots, dtype=torch.int64, device=device)
-    kernels.rope_store(qkv, norms[0], norms[1], 1e-6, angles.cos(), angles.sin(), pool, layer, at, q_out)
+    kernels.rope_store(qkv, norms[0], norms[1], 1e-6, angles.cos(), angles.sin(), pool[:NUM_BLOCKS], layer, at, q_out)
     return q_out, pool
 
 
