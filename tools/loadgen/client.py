@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import aiohttp
 
-from tools.loadgen.stream import FAILED, OK, REFUSED, AnswerStream, BadStream, Record
+from tools.loadgen.stream import FAILED, OK, REFUSED, UNFINISHED, AnswerStream, BadStream, Record
 from tools.loadgen.workload import LoadRequest
 
 TIMELINE_HEADER = "x-epd-timeline"  # epd answers with where a request's time went; others do not know it
@@ -67,7 +67,7 @@ class Client:
             _fail(record, error.reason, str(error))
         except TimeoutError:
             if self._is_cut_off:
-                _fail(record, "unfinished", "the run was over before the answer was")
+                _fail(record, UNFINISHED, "the run was over before the answer was")
             else:
                 _fail(record, "timeout", f"no end after {self._timeout_s:g} s")
         except aiohttp.ClientPayloadError as error:

@@ -39,7 +39,11 @@ class KneeSearch:
             return (low or self.first_rate) * GROWTH
         if low is None:
             return high / GROWTH
-        return None if high <= low * (1 + self.precision) else math.sqrt(low * high)
+        if high <= low * (1 + self.precision):
+            return None
+        middle = math.sqrt(low * high)
+        rounded = float(f"{middle:.3g}")  # easier to read, where that is fine enough
+        return rounded if low < rounded < high else middle
 
     def tell(self, rate: float, good_share: float) -> None:
         self.probes.append(Probe(rate, good_share, good_share >= self.threshold))

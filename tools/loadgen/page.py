@@ -81,7 +81,7 @@ def _warnings(runs: Sequence[Measured]) -> list[str]:
 
 
 def _figures(runs: Sequence[Measured], slo: Slo | None) -> str:
-    head = ("load", "due", "ok", "refused", "failed", "offered/s", "req/s", f"good/s ({slo})" if slo else "good/s", "good")
+    head = ("load", "due", "ok", "refused", "failed", "offered/s", "req/s", "good/s", "good")
     rows = []
     for run in runs:
         found = run.summary
@@ -102,7 +102,8 @@ def _figures(runs: Sequence[Measured], slo: Slo | None) -> str:
         for word, counts in (("refused", run.summary.refusals), ("failed", run.summary.failures))
         for reason, count in counts.items()
     ]
-    return table + (f"<ul>{''.join(reasons)}</ul>" if reasons else "")
+    promise = f'<p class="note">Good: within {_text(slo)} (seconds).</p>' if slo else ""
+    return table + promise + (f"<ul>{''.join(reasons)}</ul>" if reasons else "")
 
 
 def _latencies(runs: Sequence[Measured]) -> str:

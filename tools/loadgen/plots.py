@@ -23,6 +23,7 @@ from tools.loadgen.stream import OK, Record
 
 _MAX_CURVES = 10
 _CDF_POINTS = 300
+_LEAST_MS = 0.05  # shown on a logarithmic axis
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f", "#9333ea", "#475569")
 _MARK = "#b45309"
 STYLE: dict[Any, Any] = {
@@ -53,7 +54,10 @@ def latency_cdfs(runs: Sequence[Measured], slo: Slo | None) -> str:
                 axes.plot(1e3 * np.quantile(values, shares), 100 * shares, color=colour, label=run.label, linewidth=1.5)
         if bound is not None:
             axes.axvline(1e3 * bound, color=_MARK, linestyle="--", linewidth=1, label=f"SLO {1e3 * bound:g} ms")
-        axes.set(xlabel=f"{name}, ms", ylabel="% at most", ylim=(0, 101), xscale="log" if _is_wide(shown, name) else "linear")
+        axes.set(xlabel=f"{name}, ms", ylabel="% at most", ylim=(0, 101))
+        if _is_wide(shown, name):
+            axes.set_xscale("log")
+            axes.set_xlim(left=max(_LEAST_MS, axes.get_xlim()[0]))  # tokens that were sent together have no gap at all
         if place == 0 and (len(shown) > 1 or bound is not None):
             axes.legend(loc="lower right")
     return as_svg(figure, "Latency CDFs")

@@ -16,6 +16,7 @@ from typing import Any
 OK = "ok"
 REFUSED = "refused"  # 429: the server said no before any work; neither a success nor a failure
 FAILED = "failed"
+UNFINISHED = "unfinished"  # reason of a request that ran when its run was cut short
 
 _CONTENT = b'"content":'
 

@@ -8,7 +8,7 @@ from tools.loadgen.campaign import Measured
 from tools.loadgen.knee import KneeSearch
 from tools.loadgen.slo import Slo
 from tools.loadgen.stats import Distribution, Summary
-from tools.loadgen.stream import OK, Record
+from tools.loadgen.stream import OK, UNFINISHED, Record
 
 _BAR = "!" * 78
 
@@ -99,7 +99,7 @@ def reasons(records: Iterable[Record], limit: int = 3) -> list[str]:
     """The first few failures of each reason, in words."""
     shown: dict[str, list[str]] = {}
     for record in records:
-        if record.outcome != OK and len(shown.setdefault(record.reason, [])) < limit:
+        if record.outcome != OK and record.reason != UNFINISHED and len(shown.setdefault(record.reason, [])) < limit:
             shown[record.reason].append(f"{record.reason}: request {record.index}: {record.detail}")
     return [line for lines in shown.values() for line in lines]
 
