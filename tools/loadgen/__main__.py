@@ -163,15 +163,17 @@ def _write(args: argparse.Namespace, results: _Results, command: str) -> None:
 
 
 def _prepare() -> None:
-    """Thousands of connections need as many files, and no pause of the collector that looks at all of them again and again."""
+    """What thousands of streams need: no thread that draws holds the loop up for long, no collector looks at all objects again
+    and again, and every connection has a file."""
+    sys.setswitchinterval(0.0005)
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
     try:
         import resource
     except ImportError:  # not on every platform
         return
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 50)
 
 
 def _need_matplotlib() -> None:

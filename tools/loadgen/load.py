@@ -1,6 +1,6 @@
 """Drives the load: a closed loop of N users, or an open loop of given arrival times. Collects the records.
 
-Chats are drawn ahead in a thread, so that drawing images takes no time from sending. How late this program itself was is part of
+Chats are drawn ahead in threads, so that drawing images takes no time from sending. How late this program itself was is part of
 the result: `Run.loop_lags_s`, `Run.cpu_s` and the `sent_s - scheduled_s` of each record.
 """
 
@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,6 +20,7 @@ from tools.loadgen.workload import Chat, LoadRequest
 
 _LAG_PROBE_S = 0.02
 _DRAWN_AHEAD = 64
+_DRAWING_THREADS = 2
 
 Clock = Callable[[], float]
 Draw = Callable[[int], Chat]
@@ -207,34 +209,40 @@ class _Drawer:
     def __init__(self, draw: Draw, indexes: Iterator[int], ahead: int) -> None:
         self._draw = draw
         self._indexes = indexes
-        self._drawn: asyncio.Queue[Chat | Exception | None] = asyncio.Queue(ahead)
-        self._is_ahead = asyncio.Event()
+        self._pool = ThreadPoolExecutor(_DRAWING_THREADS, thread_name_prefix="draw")
+        self._drawn: asyncio.Queue[asyncio.Future[Chat] | None] = asyncio.Queue(ahead)
 
     async def __aenter__(self) -> Callable[[], Awaitable[Chat | None]]:
+        first = [self._begin(index) for index in itertools.islice(self._indexes, self._drawn.maxsize)]
+        if first:
+            await asyncio.wait(first)
+        for future in first:
+            self._drawn.put_nowait(future)
         self._task = asyncio.create_task(self._fill(), name="drawer")
-        await self._is_ahead.wait()
         return self._next
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, index: int) -> asyncio.Future[Chat]:
+        future = asyncio.get_running_loop().run_in_executor(self._pool, self._draw, index)
+        future.add_done_callback(_look_at)
+        return future
 
     async def _fill(self) -> None:
         for index in self._indexes:
-            drawn: Chat | Exception
-            try:
-                drawn = await asyncio.to_thread(self._draw, index)
-            except Exception as error:  # raised where the chat is asked for
-                drawn = error
-            if self._drawn.full():
-                self._is_ahead.set()
-            await self._drawn.put(drawn)
-        self._is_ahead.set()
+            await self._drawn.put(self._begin(index))
         while True:  # every user meets the end
             await self._drawn.put(None)
 
     async def _next(self) -> Chat | None:
         drawn = await self._drawn.get()
-        if isinstance(drawn, Exception):
-            raise drawn
-        return drawn
+        return None if drawn is None else await drawn
+
+
+def _look_at(future: asyncio.Future[Chat]) -> None:
+    """An error in drawing is raised where the chat is asked for; one that nobody asks for any more does not matter."""
+    if not future.cancelled():
+        future.exception()
