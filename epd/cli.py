@@ -14,7 +14,7 @@ import uvloop
 from epd.cluster.banner import banner
 from epd.cluster.launcher import BAD_CONFIG_STATUS, Launcher, check_port
 from epd.cluster.node import Node
-from epd.config import ClusterConfig, ServeConfig, parse
+from epd.config import ClusterConfig, ServeConfig, TopConfig, parse
 from epd.errors import BadConfig, EpdError
 from epd.log import setup
 
@@ -23,7 +23,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit with its status: 0 stopped as asked, 1 failed, 2 wrong configuration."""
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
-        status = _serve(config) if isinstance(config, ServeConfig) else _cluster(config)
+        match config:
+            case ServeConfig():
+                status = _serve(config)
+            case ClusterConfig():
+                status = _cluster(config)
+            case TopConfig():
+                status = _top(config)
     except BadConfig as error:
         print(f"epd: {error.message}", file=sys.stderr)
         status = BAD_CONFIG_STATUS
@@ -62,6 +68,12 @@ def _stop_at_eof(loop: asyncio.AbstractEventLoop, node: Node) -> None:
     while os.read(0, 4096):
         pass
     loop.call_soon_threadsafe(node.stop)
+
+
+def _top(config: TopConfig) -> int:
+    from epd.top import run
+
+    return run(config)
 
 
 def _cluster(config: ClusterConfig) -> int:

@@ -110,13 +110,25 @@ class ClusterConfig:
     passed_on: tuple[str, ...]  # arguments that every process is started with
 
 
-def parse(argv: Sequence[str]) -> ServeConfig | ClusterConfig:
+@dataclass(frozen=True, slots=True)
+class TopConfig:
+    """The live view in a terminal: of which gateway, and how often it is asked."""
+
+    url: str
+    api_key: str
+    interval_s: float
+    once: bool
+
+
+def parse(argv: Sequence[str]) -> ServeConfig | ClusterConfig | TopConfig:
     """Read the command line.
 
     Raises:
         BadConfig: a value that argparse accepts and that makes no sense. Wrong usage exits with status 2, as argparse does.
     """
     args = _parser().parse_args(argv)
+    if args.command == "top":
+        return _top_config(args)
     serve = _serve_config(args)
     if args.command == "serve":
         return serve
@@ -170,6 +182,17 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers")
     cluster.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers")
     _add_common(cluster)
+
+    top = commands.add_parser(
+        "top",
+        help="watch a cluster in this terminal",
+        description="The live view of a gateway in this terminal: workers, links, requests, alerts and events. Ctrl-C ends it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    top.add_argument("--url", default=f"http://127.0.0.1:{DEFAULT_PORT}", help="the gateway's HTTP endpoint")
+    top.add_argument("--api-key", default=os.environ.get("EPD_API_KEY", ""), help="the gateway's bearer key, if it has one")
+    top.add_argument("--interval-s", type=float, default=1.0, help="time between two frames")
+    top.add_argument("--once", action="store_true", help="print one frame and end")
     return parser
 
 
@@ -331,6 +354,14 @@ def _serve_config(args: argparse.Namespace) -> ServeConfig:
             slo_ttft_s=args.slo_ttft_s, slo_tpot_s=args.slo_tpot_s, otlp_endpoint=_otlp_endpoint(args.otlp_endpoint)
         ),
     )
+
+
+def _top_config(args: argparse.Namespace) -> TopConfig:
+    if not args.url.startswith(("http://", "https://")):
+        raise BadConfig(f"--url {args.url}: expected a URL, as in http://127.0.0.1:{DEFAULT_PORT}")
+    if args.interval_s < 0.1:
+        raise BadConfig(f"--interval-s {args.interval_s}: must be at least 0.1")
+    return TopConfig(args.url.rstrip("/"), args.api_key, args.interval_s, args.once)
 
 
 def _roles(text: str) -> tuple[str, ...]:

@@ -269,11 +269,12 @@ def _describe(member: Member, now: float) -> dict[str, object]:
         "is_draining": member.load.is_draining,
         "joined_s_ago": round(now - member.joined_at, 3),
         "reported_s_ago": round(now - member.reported_at, 3),
-        "stages": [_fields(stage) for stage in load.stages],
-        "links": [_fields(link) for link in load.links],
-        "process": None if load.process is None else _fields(load.process),
+        "stages": [describe_part(stage) for stage in load.stages],
+        "links": [describe_part(link) for link in load.links],
+        "process": None if load.process is None else describe_part(load.process),
     }
 
 
-def _fields(part: Part) -> dict[str, object]:
-    return {name: getattr(part, name) for name in part.__struct_fields__ if name != "spreads"}  # those are for /metrics
+def describe_part(part: Part) -> dict[str, object]:
+    """A part of a load report as plain JSON values, but for its spreads, which /metrics has."""
+    return {name: getattr(part, name) for name in part.__struct_fields__ if name != "spreads"}

@@ -43,7 +43,7 @@ def test_the_installer_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_make_help_lists_every_target() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("run-cluster", "test", "lint", "bench", "eval", "clean"):
+    for target in ("run-cluster", "test", "check-deploy", "check-dashboard", "lint", "bench", "eval", "clean"):
         assert f"make {target} " in shown
 
 
