@@ -30,8 +30,8 @@ Typed = Callable[..., tuple[Any, Emit]]
 
 
 def address(tensor: Tensor) -> int:
-    """Of a tensor on a device. Raises ValueError for any other: its address would mean nothing there."""
-    if not tensor.is_cuda:
+    """Raises ValueError for a tensor of the host, whose address means nothing to a device."""
+    if tensor.device.type == "cpu":
         raise ValueError(f"a tensor on {tensor.device} is not in a CUDA device's memory")
     return tensor.data_ptr()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from gpu.cuda.kernels.device import SIMULATED, UNIT_BYTES, address
 
-Grid = tuple[int, int, int]
+# A decode step of few sequences has small grids, and does not get faster by being told so.
+warnings.filterwarnings("ignore", message="Grid size .* low occupancy")
 
 
 class Kernel:
@@ -40,7 +42,7 @@ class Kernel:
             if compiled is None:
                 options = {"max_registers": self.max_registers} if self.max_registers else {}
                 compiled = self._compiled[index] = cuda.jit(self.signature, **options)(self.function)
-            compiled[grid, self.num_threads, _stream(torch.cuda.current_stream(index).cuda_stream)](*arguments)
+            _configured(compiled, grid, self.num_threads, torch.cuda.current_stream(index).cuda_stream)(*arguments)
 
 
 def units(tensor: Tensor) -> Any:
@@ -50,7 +52,7 @@ def units(tensor: Tensor) -> Any:
     return address(tensor)
 
 
-@cache
-def _stream(handle: int) -> Any:
-    """Numba's object for a stream that torch owns and keeps."""
-    return cuda.external_stream(handle) if handle else 0
+@lru_cache(maxsize=4096)
+def _configured(compiled: Any, grid: tuple[int, ...], num_threads: int, stream: int) -> Any:
+    """To be called with a kernel's arguments. `stream`: the handle of one that torch owns and keeps, 0 is the default stream."""
+    return compiled[grid, num_threads, cuda.external_stream(stream) if stream else 0]
