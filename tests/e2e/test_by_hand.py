@@ -111,7 +111,7 @@ def test_a_port_that_is_taken_is_said_at_once(started: ExitStack, command: str) 
     [
         (("serve", "--model", "/nonexistent/folder"), "neither a folder nor a hub id"),
         (("serve", "--roles", "cook"), "cook is not a stage"),
-        (("serve", "--device", "cuda"), "cpu"),
+        (("serve", "--device", "cuda:99", "--port", "0"), "CUDA device"),
         (("cluster", "--model", "/tmp"), "config.json"),
         (("serve", "--kv-mib", "0.0001", "--port", "0"), "--kv-mib"),
     ],
