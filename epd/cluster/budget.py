@@ -5,7 +5,7 @@ Working memory, with d bytes a number, H hidden size, I intermediate size, V voc
 - prefill, over `token_budget` tokens, and decode, over `max_running`: per token d * (3H + 2 * q + kv + 3I), q and kv being the
   widths of queries and of keys and values: the residual, its norm and what a layer adds; queries, keys and values as the product
   leaves them, and attention's output; gate, up and their product.
-- logits: at most `max_running` rows of V numbers, three times in float32 (as drawn from, sorted, and as probabilities).
+- logits: at most `max_running` rows of V float32 numbers, and 1,800 bytes per entry of V to draw from some rows at a time.
 - prefill with images: the largest image's embedding, as it was fetched.
 - encode, over `max_patches` patches or the largest image: per patch d * max(8H, 2H + 2I), the wider of attention (residual, norm,
   queries, keys and values before and after rotation, output) and the two-layer network; 4 bytes * (head_dim + heads) for angles
@@ -27,7 +27,7 @@ from epd.model.shapes import count_numbers, text_shapes, vision_shapes
 _LIBRARY_BYTES = 512 << 20
 _STAGE_LIBRARY_BYTES = 128 << 20  # workspaces of a stage's streams, and its graphs
 _FLOAT_BYTES = 4
-_LOGITS_COPIES = 3
+_DRAW_BYTES = 1800  # per entry of the vocabulary: weights, ranks and sums of the rows that are drawn from together
 _PLACE_BYTES = 20  # of a patch: row and column, those of its image's last patch, a share of where its row goes
 
 
@@ -97,5 +97,5 @@ def _text_step_bytes(model: ModelConfig, engine: EngineConfig, num_tokens: int, 
     text = model.text
     queries, keys_values = text.num_heads * text.head_dim, 2 * text.num_kv_heads * text.head_dim
     per_token = 3 * text.hidden_size + 2 * queries + keys_values + 3 * text.intermediate_size
-    logits = min(num_tokens, engine.max_running) * text.vocab_size * _FLOAT_BYTES * _LOGITS_COPIES
+    logits = (min(num_tokens, engine.max_running) * _FLOAT_BYTES + _DRAW_BYTES) * text.vocab_size
     return num_tokens * per_token * dtype_bytes + logits
