@@ -1,5 +1,5 @@
-"""The tests under cases/ say what the Numba kernels compute. They run where those can run: in Numba's CUDA simulator, whose switch
-is read when numba is imported and which test_simulator.py therefore starts in a process of its own, and on a GPU."""
+"""The tests under cases/ say what the Numba kernels compute. They run where those can run: in Numba's CUDA simulator, whose
+switch is read when numba is imported and which test_simulator.py therefore starts in a process of its own, and on a GPU."""
 
 from __future__ import annotations
 
