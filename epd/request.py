@@ -31,6 +31,8 @@ class GenerateRequest:
     deadline_s: float = 600.0
     cache_salt: str = ""
     timeline: Timeline | None = None  # filled while the request runs; None: nobody wants it
+    traceparent: str = ""  # the client's headers of W3C trace context, as they came
+    tracestate: str = ""
 
 
 class TextLogprob(msgspec.Struct, frozen=True, gc=False):

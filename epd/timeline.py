@@ -33,6 +33,12 @@ class Timeline:
         self._arrived = clock()
         self._spans: list[TimelineSpan] = []
 
+    def fork(self) -> Timeline:
+        """One that began when this one did and goes on by itself."""
+        other = Timeline(self._clock)
+        other._arrived, other._spans = self._arrived, list(self._spans)
+        return other
+
     def now(self) -> float:
         """Seconds since the request arrived."""
         return self._clock() - self._arrived

@@ -35,6 +35,7 @@ from epd.microkernel.system import System
 from epd.model.config import ModelConfig, load_model_config
 from epd.model.loader import resolve_model
 from epd.stage import StageActor
+from epd.tracing import Tracer, open_tracer
 from gpu.utilisation import open_meter
 from protocol.messages import Join, WorkerId
 
@@ -53,6 +54,7 @@ class _Front:
     fleet: Fleet
     router: TokenRouter
     admission: Admission
+    tracer: Tracer | None
 
     def check_integrity(self) -> None:
         self.fleet.check_integrity()
@@ -171,7 +173,9 @@ class Node:
             prompter.max_model_len = fleet.max_model_len(longest)
 
         slo = Slo(ttft_s=config.observe.slo_ttft_s, tpot_s=config.observe.slo_tpot_s)
-        observer = Observer(GatewayMetrics(slo), clock=clock)
+        served_name = config.served_model_name or model_name(config.model)
+        tracer = open_tracer(config.observe.otlp_endpoint, model=served_name) if config.observe.otlp_endpoint else None
+        observer = Observer(GatewayMetrics(slo), clock=clock, trace=tracer)
         fleet = Fleet(
             Placement(block_size=config.engine.block_size, together=config.placement == "together"),
             model=config.model,
@@ -188,7 +192,7 @@ class Node:
         limits = config.admission
         admission = Admission(max_requests=limits.max_requests, max_prompt_tokens=limits.max_prompt_tokens)
         gateway = Gateway(
-            model_name=config.served_model_name or model_name(config.model),
+            model_name=served_name,
             tokenizer=prompter.tokenizer,
             stages=Stages(system, fleet, router, clock, observer),
             admission=admission,
@@ -199,7 +203,7 @@ class Node:
         self._url = http.url
         if config.roles == ("gateway",):
             self._on_ready(http.url)
-        return _Front(http, fleet, router, admission)
+        return _Front(http, fleet, router, admission, tracer)
 
     async def _start_stages(self, system: System, parts: StageParts, mark: int) -> Membership:
         config = self._config
@@ -260,6 +264,8 @@ class Node:
         if front is not None:
             await front.http.stop()
         await system.stop()
+        if front is not None and front.tracer is not None:
+            await asyncio.to_thread(front.tracer.close)
 
 
 def model_name(path_or_hub_id: str) -> str:

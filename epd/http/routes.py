@@ -28,6 +28,7 @@ from epd.timeline import Timeline
 from protocol.messages import RequestId
 
 TIMELINE_HEADER = "x-epd-timeline"
+MAX_TRACE_CHARS = 512  # of a trace header; the standard asks for as much
 BODY_TIMEOUT_S = 60.0  # for a client to send its request
 # Work on a body of up to this size is done at once; on a larger one in a thread, so that running streams do not wait for it.
 _INLINE_BYTES = 64 * 2**10
@@ -42,6 +43,16 @@ class Timing:
     request_timeout_s: float  # from admission to the last token
     patience_s: float
     keep_alive_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """How a request came: its time from then on, and the trace that its client has begun (W3C trace context)."""
+
+    timeline: Timeline
+    wants_timeline: bool
+    traceparent: str
+    tracestate: str
 
 
 class OpenAIRoutes:
@@ -73,19 +84,19 @@ class OpenAIRoutes:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        timeline = _wanted_timeline(request)
+        arrival = _arrival(request)
         data = await read_body(request, self._config.max_body_bytes)
         call = await self._run(len(data), lambda: parse_chat(parse_json(data), self._limits))
         self._check_model(call.options.model)
-        answer = await self._chat_answer(call, len(data), timeline)
+        answer = await self._chat_answer(call, len(data), arrival)
         return await self._reply(request, answer, stream=call.options.stream)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        timeline = _wanted_timeline(request)
+        arrival = _arrival(request)
         data = await read_body(request, self._config.max_body_bytes)
         call = await self._run(len(data), lambda: parse_completion(parse_json(data), self._limits))
         self._check_model(call.options.model)
-        answer = await self._completion_answer(call, len(data), timeline)
+        answer = await self._completion_answer(call, len(data), arrival)
         return await self._reply(request, answer, stream=call.options.stream)
 
     async def models(self, request: web.Request) -> web.Response:
@@ -97,39 +108,37 @@ class OpenAIRoutes:
 
     # --- answers ----------------------------------------------------------------------------------------------------
 
-    async def _chat_answer(self, call: ChatCall, size: int, timeline: Timeline | None) -> Answer:
+    async def _chat_answer(self, call: ChatCall, size: int, arrival: _Arrival) -> Answer:
         options = call.options
-        with _timed(timeline, "fetch"):
+        with _timed(arrival.timeline, "fetch"):
             images = await self._fetch(call)
         size += sum(map(len, images))
         limit = self._config.max_image_pixels
-        with _timed(timeline, "tokenize"):
+        with _timed(arrival.timeline, "tokenize"):
             prompt = await self._run(
                 size, lambda: self._prompter.chat(call.messages, images, call.template_options, max_image_pixels=limit)
             )
         identity = self._identity("chatcmpl")
         form = ChatFormat(identity, include_usage=options.include_usage, wants_logprobs=options.sampling.num_logprobs >= 0)
-        return self._answer(identity, [prompt], options, form, timeline)
+        return self._answer(identity, [prompt], options, form, arrival)
 
-    async def _completion_answer(self, call: CompletionCall, size: int, timeline: Timeline | None) -> Answer:
+    async def _completion_answer(self, call: CompletionCall, size: int, arrival: _Arrival) -> Answer:
         options = call.options
-        with _timed(timeline, "tokenize"):
+        with _timed(arrival.timeline, "tokenize"):
             prompts = await self._run(size, lambda: [self._prompter.completion(prompt) for prompt in call.prompts])
         identity = self._identity("cmpl")
         form = CompletionFormat(identity, include_usage=options.include_usage, num_logprobs=options.sampling.num_logprobs)
-        return self._answer(identity, prompts, options, form, timeline)
+        return self._answer(identity, prompts, options, form, arrival)
 
-    def _answer(
-        self, identity: Identity, prompts: list[Prompt], options: Options, form: Format, timeline: Timeline | None
-    ) -> Answer:
+    def _answer(self, identity: Identity, prompts: list[Prompt], options: Options, form: Format, arrival: _Arrival) -> Answer:
         requests = [
-            self._generate_request(f"{identity.id}-{number}", prompt, options, number, timeline)
+            self._generate_request(f"{identity.id}-{number}", prompt, options, number, arrival)
             for number, prompt in enumerate(prompts)
         ]
-        return Answer(requests, form, options.include_usage, timeline)
+        return Answer(requests, form, options.include_usage, arrival.timeline if arrival.wants_timeline else None)
 
     def _generate_request(
-        self, request_id: str, prompt: Prompt, options: Options, number: int, timeline: Timeline | None
+        self, request_id: str, prompt: Prompt, options: Options, number: int, arrival: _Arrival
     ) -> GenerateRequest:
         max_tokens = self._prompter.max_tokens(prompt, options.max_tokens, param=options.max_tokens_param)
         sampling = msgspec.structs.replace(
@@ -147,7 +156,10 @@ class OpenAIRoutes:
             n=options.n,
             stop=options.stop,
             deadline_s=self._timing.request_timeout_s,
-            timeline=timeline,
+            # A client that asks for the timeline gets that of all its prompts together.
+            timeline=arrival.timeline if arrival.wants_timeline else arrival.timeline.fork(),
+            traceparent=arrival.traceparent,
+            tracestate=arrival.tracestate,
         )
 
     async def _reply(self, request: web.Request, answer: Answer, *, stream: bool) -> web.StreamResponse:
@@ -190,23 +202,20 @@ class OpenAIRoutes:
         }
 
 
-def _wanted_timeline(request: web.Request) -> Timeline | None:
+def _arrival(request: web.Request) -> _Arrival:
     """With the header `x-epd-timeline: 1`, the answer ends with how the request's time went, stage by stage."""
-    match request.headers.get(TIMELINE_HEADER, "0"):
-        case "1":
-            return Timeline()
-        case "0":
-            return None
-        case other:
-            raise BadRequest(f"the header {TIMELINE_HEADER} must be 0 or 1, not {other[:20]!r}", param=TIMELINE_HEADER)
+    wanted = request.headers.get(TIMELINE_HEADER, "0")
+    if wanted not in ("0", "1"):
+        raise BadRequest(f"the header {TIMELINE_HEADER} must be 0 or 1, not {wanted[:20]!r}", param=TIMELINE_HEADER)
+    traceparent, tracestate = (request.headers.get(name, "") for name in ("traceparent", "tracestate"))
+    return _Arrival(Timeline(), wanted == "1", traceparent[:MAX_TRACE_CHARS], tracestate[:MAX_TRACE_CHARS])
 
 
 @contextmanager
-def _timed(timeline: Timeline | None, name: str) -> Iterator[None]:
-    began_s = timeline.now() if timeline is not None else 0.0
+def _timed(timeline: Timeline, name: str) -> Iterator[None]:
+    began_s = timeline.now()
     yield
-    if timeline is not None:
-        timeline.add(name, "http", began_s)
+    timeline.add(name, "http", began_s)
 
 
 async def read_body(request: web.Request, max_bytes: int) -> bytes:

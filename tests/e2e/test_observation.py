@@ -7,7 +7,8 @@ import urllib.request
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.mix import ask_one_by_one, cases
-from tests.support.cluster import Process, ProcessCluster, get_json, wait_until
+from tests.support.cluster import ALL_ROLES, Process, ProcessCluster, get_json, node_cluster, wait_until
+from tests.support.collector import Collector
 from tests.support.scrape import full_scrape
 
 
@@ -64,3 +65,14 @@ def test_top_prints_a_frame(cluster: ProcessCluster) -> None:
             assert words in text, words
     finally:
         process.close()
+
+
+async def test_traces_of_requests_reach_a_collector() -> None:
+    collector = Collector()
+    try:
+        async with node_cluster((ALL_ROLES,), "--otlp-endpoint", collector.url) as nodes:
+            await ask_one_by_one(nodes.url, [case for case in cases() if case.name.startswith("one image")][:1])
+            await nodes.idle()
+        assert {"request", "tokenize", "placement", "encode", "prefill", "decode"} <= set(collector.names)
+    finally:
+        collector.close()

@@ -68,7 +68,24 @@ async def test_no_timeline_without_asking(
     async with session.post(server.url + CHAT, json=STREAMED, headers=headers) as response:
         assert response.status == status
         assert '"epd":' not in await response.text()
-    assert all(request.timeline is None for request in engine.requests)
+
+
+async def test_every_prompt_has_a_timeline_of_its_own_that_began_when_the_request_came(
+    start: Start, session: aiohttp.ClientSession, engine: ScriptedEngine
+) -> None:
+    server = await start(engine)
+    headers = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "x" * 2000}
+    body = {"model": MODEL, "prompt": [[1], [1, 2]]}
+    async with session.post(server.url + "/v1/completions", json=body, headers=headers) as response:
+        assert response.status == 200
+    first, second = (request.timeline for request in engine.requests)
+    assert first is not None
+    assert second is not None
+    assert first is not second
+    assert [span.name for span in first.spans()] == [span.name for span in second.spans()] == ["tokenize"]
+    assert abs(first.now() - second.now()) < first.spans()[0].end_s + 1.0
+    assert {request.traceparent for request in engine.requests} == {headers["traceparent"]}
+    assert {len(request.tracestate) for request in engine.requests} == {512}
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
