@@ -11,13 +11,16 @@ from gpu.errors import UnknownDevice
 
 
 def choose_kernels(name: str = "auto") -> Kernels:
-    """The set "triton", "numba" or "torch"; "auto": triton where it is installed and there is a GPU for it, else numba.
+    """The set "triton", "numba" or "torch"; "auto": triton where it is installed and can start, else numba.
 
     The set says in its `name` which one it is. Raises UnknownDevice for a set that cannot run here, or that there is none of.
     """
     match name:
         case "auto":
-            return choose_kernels("triton" if find_spec("triton") and torch.cuda.is_available() else "numba")
+            try:
+                return _triton()
+            except UnknownDevice:
+                return _numba()
         case "triton":
             return _triton()
         case "numba":
@@ -34,9 +37,13 @@ def _triton() -> Kernels:
         raise UnknownDevice("the kernel set triton needs the package triton, which CUDA builds of torch bring along")
     if not torch.cuda.is_available():
         raise UnknownDevice("the kernel set triton needs a GPU that torch can use")
-    from gpu.cuda.triton import TritonKernels
+    from gpu.cuda import triton
 
-    return TritonKernels()
+    try:
+        triton.start_driver()
+    except Exception as error:  # of a compiler, a linker, a driver: whatever it is, there are other kernels
+        raise UnknownDevice(f"the kernel set triton cannot start here, is there a C compiler? {error}") from error
+    return triton.TritonKernels()
 
 
 def _numba() -> Kernels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gpu.cuda.triton.compiler import start_driver
 from gpu.cuda.triton.kernel_set import TritonKernels
 
-__all__ = ["TritonKernels"]
+__all__ = ["TritonKernels", "start_driver"]

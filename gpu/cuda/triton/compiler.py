@@ -31,6 +31,11 @@ def inlined(function: Callable[..., Any]) -> Any:
     return triton.jit(function)
 
 
+def start_driver() -> None:
+    """Raises what Triton raises on a machine where it cannot launch. To launch, it builds a small library with a C compiler."""
+    triton.runtime.driver.active.get_current_target()
+
+
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on NumPy arrays: it has no products of bfloat16."""
     return bool(triton.knobs.runtime.interpret)

@@ -8,6 +8,8 @@ short contexts in long tables still share the work out. A second, small kernel m
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +27,7 @@ from gpu.cuda.triton.heads import check_head_dim
 
 _LOG2_E = 1.4426950408889634
 _PROGRAMS_PER_SM = 2  # that are resident at a time: shared memory for the tiles in flight allows no more
-_WAVES = 4  # of programs, where they are many: so that contexts of unlike length even out
+_WAVES = 4  # of programs at least, where there are many: so that contexts of unlike length even out
 _MAX_SPLITS = 64
 _MERGED_AT_ONCE = 32
 
@@ -35,20 +37,28 @@ def workspace_floats(max_seqs: int, num_heads: int, num_kv_heads: int, head_dim:
 
     Grows with `max_seqs`, and so holds for fewer sequences, though these are cut into more parts.
     """
-    parts = min(-(-_WAVES * _PROGRAMS_PER_SM * num_sms // num_kv_heads) + max_seqs, max_seqs * _MAX_SPLITS)
+    parts = min(-(-2 * _WAVES * _PROGRAMS_PER_SM * num_sms // num_kv_heads) + max_seqs, max_seqs * _MAX_SPLITS)
     return parts * num_heads * (head_dim + 2)
 
 
+@cache
 def plan_splits(num_seqs: int, num_kv_heads: int, max_tiles: int, num_sms: int) -> tuple[int, int]:
     """(parts that each context is cut into, tiles that a part has at least).
 
-    Few sequences: exactly as many programs as are resident at once, down to one tile each. Many: several waves of programs, of
-    at least four tiles so that filling the pipeline of loads is not most of their work.
+    Few sequences: as many programs as are resident at once, down to one tile each. More: some waves of programs of which the last
+    is nearly full, and of at least four tiles, so that filling the pipeline of loads is not most of their work.
     """
     programs, resident = num_seqs * num_kv_heads, _PROGRAMS_PER_SM * num_sms
-    is_single_wave = programs * 8 <= resident
-    splits = resident // programs if is_single_wave else -(-_WAVES * resident // programs)
-    return max(min(splits, max_tiles, _MAX_SPLITS), 1), 1 if is_single_wave else 4
+    if programs * 8 <= resident:
+        return max(min(resident // programs, max_tiles, _MAX_SPLITS), 1), 1
+    fewest = _WAVES * resident // programs
+    splits = max(range(fewest, 2 * fewest + 2), key=lambda splits: _share_of_waves(programs * splits, resident)) if fewest else 1
+    return max(min(splits, max_tiles, _MAX_SPLITS), 1), 4
+
+
+def _share_of_waves(programs: int, resident: int) -> float:
+    """How full the waves are on average, up to what does not matter."""
+    return round(programs / (-(-programs // resident) * resident), 2)
 
 
 def paged_attention(

@@ -41,6 +41,18 @@ def test_a_gpu_without_triton_has_numba(monkeypatch: pytest.MonkeyPatch) -> None
         choose_kernels("triton")
 
 
+def test_a_gpu_without_a_compiler_has_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def fail() -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr("gpu.cuda.triton.start_driver", fail)
+    assert choose_kernels("auto").name == "numba"
+    with pytest.raises(UnknownDevice, match="Failed to find C compiler"):
+        choose_kernels("triton")
+
+
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
     install(monkeypatch, "triton")
     with pytest.raises(UnknownDevice, match="a GPU"):

@@ -101,11 +101,3 @@ def test_arguments_that_do_not_fit(kernels: Kernels, device: torch.device) -> No
         kernels.paged_attention(q, pool, 0, table, lens, 1.0, q.clone(), torch.empty(5, device=device))
     with pytest.raises(ValueError, match="heads of 24"):
         kernels.paged_attention(q, pool, 0, table, lens, 1.0, q.clone(), torch.empty(1 << 20, device=device))
-
-
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
-def test_a_workspace_for_many_holds_for_fewer(num_kv_heads: int) -> None:
-    for num_sms in (1, 8, 132):
-        kernels = TritonKernels(num_sms)
-        sizes = [kernels.workspace_floats(n, 8 * num_kv_heads, num_kv_heads, 128) for n in range(300)]
-        assert sizes == sorted(sizes)
