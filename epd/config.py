@@ -273,7 +273,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     observe.add_argument("--slo-tpot-s", type=float, default=0.2, help="mean time per further output token that counts as good")
     observe.add_argument(
         "--otlp-endpoint",
-        default=os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
+        default="",
         metavar="URL",
         help="collector that traces of requests go to over OTLP/HTTP, as in http://127.0.0.1:4318; needs the extra `otlp`",
     )

@@ -102,6 +102,15 @@ def test_where_a_secret_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         _serve("--token-file", str(named))
 
 
+def test_what_requests_are_held_against_and_where_traces_go() -> None:
+    config = parse(["serve", "--slo-ttft-s", "0.5", "--slo-tpot-s", "0.05", "--otlp-endpoint", "http://127.0.0.1:4318/"])
+    assert isinstance(config, ServeConfig)
+    assert config.observe == ObserveConfig(0.5, 0.05, "http://127.0.0.1:4318")
+    for words in (["--otlp-endpoint", "127.0.0.1:4318"], ["--slo-ttft-s", "-1"]):
+        with pytest.raises(BadConfig, match=words[0]):
+            parse(["serve", *words])
+
+
 def test_a_cluster_passes_its_options_on() -> None:
     config = parse(
         ["cluster", "--decode", "3", "--block-size", "32", "--allow-image-host", "a.org", "--allow-image-host", "b.org"]

@@ -42,4 +42,4 @@ class Engine(Protocol):
         """cluster() with the last minutes: moments, requests and events that came after those that the viewer has seen."""
 
     def metrics(self) -> bytes:
-        """Prometheus text of the whole cluster."""
+        """Prometheus text of the whole cluster. May be called on any thread."""

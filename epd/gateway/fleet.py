@@ -243,7 +243,7 @@ class Fleet(Actor):
         return tuple(role for role in self._roles if not self._placement.candidates(role))
 
     def members(self) -> list[MemberLoad]:
-        return [member.load for member in self._members.values()]
+        return [member.load for member in list(self._members.values())]  # the copy is for a caller on another thread
 
     def describe(self) -> dict[str, object]:
         """Topology, load and links as plain JSON values."""
