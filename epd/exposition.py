@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from epd.distribution import STAGE_FIGURES
+from epd.trust import doubts
 from protocol.messages import LinkLoad, ProcessLoad, StageLoad, WorkerId
 
 
@@ -24,6 +25,15 @@ class MemberLoad(NamedTuple):
     links: tuple[LinkLoad, ...] = ()
     process: ProcessLoad | None = None
     is_draining: bool = False
+
+    @property
+    def is_emulated(self) -> bool:
+        return self.process is not None and self.process.device_busy_s >= 0
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why what its emulated device did is not to be believed."""
+        return doubts(self.worker, self.process) if self.process is not None else []
 
 
 def usage(stage: StageLoad) -> float:
@@ -75,6 +85,10 @@ _PROCESS_GAUGES: dict[str, tuple[str, Callable[[ProcessLoad], float]]] = {
     "epd_device_memory_used_bytes": ("Memory of the accelerator in use, by everybody", lambda process: process.memory_used_bytes),
     "epd_device_memory_bytes": ("Memory of the accelerator", lambda process: process.memory_total_bytes),
     "epd_device_power_watts": ("Power that the accelerator draws", lambda process: process.power_w),
+    "epd_worker_loop_lag_seconds": ("How late the event loop was of late, p99", lambda process: process.loop_lag_s),
+    "epd_worker_host_busy_ratio": ("Share of the host's processor time in use", lambda process: process.host_busy),
+    "epd_emulated_busy_seconds": ("Time that work on the emulated device took", lambda process: process.device_busy_s),
+    "epd_emulated_late_seconds": ("By how much that work ended too late", lambda process: process.device_late_s),
 }
 
 

@@ -55,6 +55,9 @@ class GatewayMetrics:
         self.refusals = Counter(
             "epd_request_refusals", "Requests refused before any work, by limit", ["reason"], registry=registry
         )
+        self.loop_lag = Gauge(
+            "epd_gateway_loop_lag_seconds", "How late the gateway's event loop was of late, p99", registry=registry
+        )
         self.running = Gauge("epd_requests_running", "Requests that have not ended", registry=registry)
         self.prompt_tokens = Counter("epd_prompt_tokens", "Prompt tokens of admitted requests", registry=registry)
         self.cached_tokens = Counter("epd_cached_prompt_tokens", "Prompt tokens found in prefix caches", registry=registry)
@@ -88,8 +91,9 @@ class GatewayMetrics:
         limits.labels("tpot").set(self.slo.tpot_s)
         self._begin_at_zero()
 
-    def render(self, members: Iterable[MemberLoad]) -> bytes:
-        """Prometheus text of the gateway and of its members' last reports."""
+    def render(self, members: Iterable[MemberLoad], *, loop_lag_s: float = 0.0) -> bytes:
+        """Prometheus text of the gateway, whose event loop was so late of late, and of its members' last reports."""
+        self.loop_lag.set(max(0.0, loop_lag_s))
         self._cluster.members = tuple(members)
         text: bytes = generate_latest(self._registry)
         return text

@@ -18,6 +18,7 @@ from gpu.cpu import CpuBackend
 from gpu.kernels.compiler import warm_up
 from gpu.pool import Pool
 from gpu.stream import Stream
+from gpu.utilisation import Meter, open_meter
 
 
 class CpuStack:
@@ -62,6 +63,9 @@ class CpuStack:
         return TextModelRunner(
             self._model, self._text, self.backend, kv, self._config.engine.block_size, self._config.num_threads
         )
+
+    def open_meter(self) -> Meter:
+        return open_meter("cpu")
 
     def close(self) -> None:
         self.backend.close()

@@ -20,6 +20,7 @@ from gpu.cuda.backend import CudaBackend
 from gpu.cuda.pool import CudaPool
 from gpu.pool import Pool
 from gpu.stream import Stream
+from gpu.utilisation import Meter, open_meter
 
 _PRIORITIES = {"decode": 0, "prefill": 10, "encode": 19}  # as streams take them: 0 is served first
 
@@ -94,6 +95,9 @@ class CudaStack:
         report(f"compiling kernels and capturing graphs of {stage}")
         stream.submit(runner.prepare).result()
         return runner
+
+    def open_meter(self) -> Meter:
+        return open_meter(self._config.device)
 
     def close(self) -> None:
         self.backend.close()

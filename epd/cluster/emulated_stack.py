@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from urllib.parse import parse_qs
 
@@ -17,6 +18,7 @@ from gpu.emulated import CopyTimes, EmulatedBackend
 from gpu.host_pool import HostPool
 from gpu.pool import Pool
 from gpu.stream import Stream
+from gpu.utilisation import DeviceUsage, Meter
 
 _EMBEDDING_SHARE = 1 / 16  # of the memory that weights leave
 
@@ -81,9 +83,31 @@ class EmulatedStack:
     def text_runner(self, kv: Pool, stage: str, stream: Stream, report: Report) -> EmulatedTextRunner:
         return EmulatedTextRunner(self._device, _host(kv), self._config.engine.block_size, stage)
 
+    def open_meter(self) -> Meter:
+        return Meter(_EmulatedMeter(self._device))
+
     def close(self) -> None:
         self._device.close()  # first: streams wait for it
         self.backend.close()
+
+
+class _EmulatedMeter:
+    """What an emulated device says of itself."""
+
+    def __init__(self, device: EmulatedDevice) -> None:
+        self._device = device
+        self._before = (time.monotonic(), 0.0)
+
+    def read(self) -> DeviceUsage:
+        device = self._device
+        (then, busy_then), self._before = self._before, (time.monotonic(), device.busy_s)
+        utilisation = (device.busy_s - busy_then) / max(1e-9, self._before[0] - then)
+        return DeviceUsage(
+            f"{device.profile.device}, emulated", min(1.0, utilisation), busy_s=device.busy_s, late_s=device.late_s
+        )
+
+    def close(self) -> None:
+        """The device is closed by its stack."""
 
 
 def _read(device: str) -> tuple[str, Sharing, float]:

@@ -12,12 +12,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from epd.errors import BadConfig, EpdError, InternalError, PeerLost, Refused
 from epd.log import Log
 from epd.microkernel.actor import Actor, Mail
+from epd.microkernel.pulse import Pulse
 from epd.stage import StageActor
+from epd.trust import doubts, since
 from gpu.utilisation import Meter, Usage
 from protocol.messages import Address, Drain, Join, Leave, ProcessLoad, ReportLoad, WorkerId
 
 REPORT_S = 0.2
 MEASURE_S = 1.0
+_WARN_S = 10.0
 JOIN_TIMEOUT_S = 5.0
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 2.0
@@ -37,6 +40,7 @@ class Membership(Actor):
         stages: Sequence[StageActor],
         *,
         meter: Meter,
+        pulse: Pulse,
         on_joined: Callable[[], None],
         on_refused: Callable[[EpdError], None],
         on_drain: Callable[[], None],
@@ -47,6 +51,8 @@ class Membership(Actor):
         self._join = join
         self._stages = stages
         self._meter = meter
+        self._pulse = pulse
+        self._warned_at: ProcessLoad | None = None  # what was true when doubts were last looked for
         self._process: ProcessLoad | None = None
         self._on_joined = on_joined
         self._on_refused = on_refused
@@ -153,17 +159,26 @@ class Membership(Actor):
     async def _measure(self) -> None:
         while True:
             # On a thread: a driver may take its time.
-            self._process = _process_load(await asyncio.to_thread(self._meter.read))
+            self._process = _process_load(await asyncio.to_thread(self._meter.read), self._pulse.lag_s())
+            self._warn(self._process)
             await asyncio.sleep(MEASURE_S)
 
+    def _warn(self, process: ProcessLoad) -> None:
+        """Say when the host is too slow for its emulated device, every ten seconds of the device's work at most."""
+        busy_s, _ = since(self._warned_at, process)
+        if busy_s >= _WARN_S:
+            if found := doubts(self._join.endpoint.worker, process, self._warned_at):
+                _log.warning("this host is too slow to be believed", reasons="; ".join(found))
+            self._warned_at = process
 
-def _process_load(usage: Usage) -> ProcessLoad:
-    device = usage.device
-    if device is None:
-        return ProcessLoad(usage.cpu_s, usage.rss_bytes)
 
+def _process_load(usage: Usage, loop_lag_s: float) -> ProcessLoad:
     def known(value: float | None) -> float:
         return -1 if value is None else value
+
+    device, host_busy = usage.device, known(usage.host_busy)
+    if device is None:
+        return ProcessLoad(usage.cpu_s, usage.rss_bytes, loop_lag_s=loop_lag_s, host_busy=host_busy)
 
     return ProcessLoad(
         cpu_s=usage.cpu_s,
@@ -173,4 +188,8 @@ def _process_load(usage: Usage) -> ProcessLoad:
         memory_used_bytes=int(known(device.memory_used_bytes)),
         memory_total_bytes=int(known(device.memory_total_bytes)),
         power_w=known(device.power_w),
+        device_busy_s=known(device.busy_s),
+        device_late_s=known(device.late_s),
+        loop_lag_s=loop_lag_s,
+        host_busy=host_busy,
     )

@@ -31,12 +31,12 @@ from epd.gateway.service import Gateway
 from epd.http.app import HttpServer
 from epd.log import Log
 from epd.metrics import GatewayMetrics, Slo
+from epd.microkernel.pulse import Pulse
 from epd.microkernel.system import System
 from epd.model.config import ModelConfig, load_model_config
 from epd.model.loader import resolve_model
 from epd.stage import StageActor
 from epd.tracing import Tracer, open_tracer
-from gpu.utilisation import open_meter
 from protocol.messages import Join, WorkerId
 
 if TYPE_CHECKING:
@@ -112,10 +112,12 @@ class Node:
         try:
             await self._listen(system)
             mark = fingerprint(config, folder, model)
+            pulse = Pulse()
+            await system.register("pulse", pulse)
             if "gateway" in config.roles:
-                self._front = await self._start_front(system, folder, model, mark)
+                self._front = await self._start_front(system, folder, model, mark, pulse)
             if parts is not None:
-                membership = await self._start_stages(system, parts, mark)
+                membership = await self._start_stages(system, parts, mark, pulse)
             await self._stop.wait()
         finally:
             await self._wind_down(system, self._front, membership)
@@ -164,7 +166,7 @@ class Node:
                 f"cannot listen for workers on {link.host}:{link.port} ({error.strerror}): choose another --cluster-port"
             ) from error
 
-    async def _start_front(self, system: System, folder: Path, model: ModelConfig, mark: int) -> _Front:
+    async def _start_front(self, system: System, folder: Path, model: ModelConfig, mark: int, pulse: Pulse) -> _Front:
         config, clock = self._config, monotonic
         longest = min(config.engine.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
         prompter = Prompter.from_folder(folder, model, max_model_len=longest)
@@ -197,6 +199,7 @@ class Node:
             stages=Stages(system, fleet, router, clock, observer),
             admission=admission,
             max_model_len=longest,
+            loop_lag_s=pulse.lag_s,
         )
         http = HttpServer(config.http, gateway, prompter, request_timeout_s=limits.request_timeout_s)
         await http.start()
@@ -205,7 +208,7 @@ class Node:
             self._on_ready(http.url)
         return _Front(http, fleet, router, admission, tracer)
 
-    async def _start_stages(self, system: System, parts: StageParts, mark: int) -> Membership:
+    async def _start_stages(self, system: System, parts: StageParts, mark: int, pulse: Pulse) -> Membership:
         config = self._config
         actors = parts.actors(system, monotonic)
         self.stages = tuple(actors)
@@ -226,7 +229,8 @@ class Node:
             partial(self._find_gateway, system),
             join,
             actors,
-            meter=open_meter(config.device),
+            meter=parts.stack.open_meter(),
+            pulse=pulse,
             on_joined=self._joined,
             on_refused=self._refused,
             on_drain=self.stop,

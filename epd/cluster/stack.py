@@ -18,6 +18,7 @@ from gpu.backend import Backend
 from gpu.errors import GpuError
 from gpu.pool import Pool
 from gpu.stream import Stream
+from gpu.utilisation import Meter
 
 Report = Callable[[str], None]
 
@@ -50,6 +51,9 @@ class Stack(Protocol):
 
     def text_runner(self, kv: Pool, stage: str, stream: Stream, report: Report) -> TextRunner:
         """Of "prefill" or "decode", ready to run: compiled, captured. Those of one process share their weights."""
+
+    def open_meter(self) -> Meter:
+        """What tells how the device and this process are used; closed by whoever opens it."""
 
     def close(self) -> None: ...
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import msgspec
@@ -21,6 +21,7 @@ from epd.gateway.tokenizer import Tokenizer
 from epd.microkernel.tasks import settled
 from epd.request import Delta, GenerateRequest
 from epd.timeline import Timeline
+from epd.trust import lag_doubts
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that different choices never share a seed
 _SEED_MASK = 2**63 - 1
@@ -37,6 +38,7 @@ class Gateway:
         stages: Stages,
         admission: Admission,
         max_model_len: int,
+        loop_lag_s: Callable[[], float] = lambda: -1.0,
     ) -> None:
         self._model_name = model_name
         self._tokenizer = tokenizer
@@ -44,6 +46,7 @@ class Gateway:
         self._admission = admission
         self._max_model_len = max_model_len
         self._observer = stages.observer
+        self._loop_lag_s = loop_lag_s
 
     @property
     def model_name(self) -> str:
@@ -84,10 +87,20 @@ class Gateway:
         return not missing, f"waiting for a worker of: {', '.join(missing)}" if missing else "ready"
 
     def cluster(self) -> dict[str, object]:
-        return {"model": self._model_name, "num_running": self._admission.num_running, **self._stages.fleet.describe()}
+        lag_s = self._loop_lag_s()
+        found = [doubt for member in self._stages.fleet.members() for doubt in member.doubts]
+        if any(member.is_emulated for member in self._stages.fleet.members()):
+            found += lag_doubts("gateway", lag_s)
+        return {
+            "model": self._model_name,
+            "num_running": self._admission.num_running,
+            "loop_lag_s": lag_s,
+            "doubts": found,  # why figures of emulated devices are not to be believed
+            **self._stages.fleet.describe(),
+        }
 
     def metrics(self) -> bytes:
-        return self._observer.metrics.render(self._stages.fleet.members())
+        return self._observer.metrics.render(self._stages.fleet.members(), loop_lag_s=self._loop_lag_s())
 
     def live(self, *, after_moment: int, after_revision: int) -> dict[str, object]:
         is_ready, reason = self.ready()

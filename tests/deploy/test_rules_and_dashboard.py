@@ -126,4 +126,6 @@ def test_nothing_that_is_measured_is_left_out_of_the_dashboard() -> None:
     assert measured - bases == {
         *("epd_stage_blocks", "epd_stage_free_blocks", "epd_stage_cached_blocks", "epd_stage_leases"),  # behind the usage ratio
         "epd_stage_steps",  # behind the distribution of step times
+        *("epd_emulated_busy_seconds", "epd_emulated_late_seconds"),  # whether emulated devices may be believed
+        *("epd_worker_loop_lag_seconds", "epd_worker_host_busy_ratio"),  # likewise
     }

@@ -56,5 +56,5 @@ def _member(role: str) -> MemberLoad:
     for figure in STAGE_FIGURES:
         spreads.observe(figure, 0.1, "mapped" if figure == "transfer_seconds" else "")
     stage = StageLoad(role, spreads=spreads.parts())
-    process = ProcessLoad(1.0, 1, "a device", 0.5, 1, 2, 3.0)
+    process = ProcessLoad(1.0, 1, "a device", 0.5, 1, 2, 3.0, 1.0, 0.0, 0.001, 0.5)
     return MemberLoad(WorkerId(f"{role}-0"), (stage,), (LinkLoad(WorkerId("p"), "mapped"),), process)
