@@ -33,6 +33,14 @@ def test_add_rms_norm(kernels: Kernels, twin: Kernels, device: torch.device, dty
     assert_close(delta, expected)
 
 
+def test_what_is_normalised_is_the_sum_as_it_is_stored(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+    x, delta, weight = (normal((3, 136), dtype, device, seed) for seed in (1, 2, 3))
+    out, again = torch.empty_like(x), torch.empty_like(x)
+    kernels.add_rms_norm(delta, x, weight[0], 1e-6, out)
+    kernels.rms_norm(x, weight[0], 1e-6, again)
+    assert torch.equal(out, again)
+
+
 def test_the_result_may_take_the_place_of_its_input(
     kernels: Kernels, twin: Kernels, device: torch.device, dtype: torch.dtype
 ) -> None:
