@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,7 +31,10 @@ class Kernel:
         self._compiled: dict[int, Any] = {}  # by device
 
     def launch(self, grid: tuple[int, ...], device: torch.device, *arguments: Any) -> None:
-        """On torch's current stream of `device`. A grid of nothing launches nothing."""
+        """On torch's current stream of `device`. A grid of nothing launches nothing.
+
+        The first launch on a device compiles, and raises ImportError where there is no numba-cuda.
+        """
         if 0 in grid:
             return
         if SIMULATED:
@@ -38,11 +42,16 @@ class Kernel:
             return
         index = torch.cuda.current_device() if device.index is None else device.index
         with torch.cuda.device(index):
-            compiled = self._compiled.get(index)
-            if compiled is None:
-                options = {"max_registers": self.max_registers} if self.max_registers else {}
-                compiled = self._compiled[index] = cuda.jit(self.signature, **options)(self.function)
+            if index not in self._compiled:
+                self._compiled[index] = self._compile()
+            compiled = self._compiled[index]
             _configured(compiled, grid, self.num_threads, torch.cuda.current_stream(index).cuda_stream)(*arguments)
+
+    def _compile(self) -> Any:
+        if not find_spec("numba_cuda"):
+            raise ImportError("the Numba kernels are compiled by the package numba-cuda, which is not installed")
+        options = {"max_registers": self.max_registers} if self.max_registers else {}
+        return cuda.jit(self.signature, **options)(self.function)
 
 
 def units(tensor: Tensor) -> Any:
