@@ -20,7 +20,7 @@ RUN_READY := $(VENV)/.ready-run-$(DEVICE_KIND)
 TEST_READY := $(VENV)/.ready-test-$(DEVICE_KIND)
 JOBS ?= 2
 
-.PHONY: help run-cluster test check-deploy check-dashboard lint bench eval clean
+.PHONY: help run-cluster test check-deploy check-dashboard lint bench bench-article eval clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -51,6 +51,9 @@ lint: $(TEST_READY)  ## ruff, strict mypy and the layer contracts
 
 bench: $(TEST_READY)  ## measure every speed claim; prints a table and keeps it under bench/results/
 	@$(BIN)/python -m tools.bench $(BENCH_ARGS)
+
+bench-article: $(TEST_READY)  ## the article's experiment on emulated devices: table, plots and JSON under bench/results/, 10 minutes
+	@$(BIN)/python -m tools.article $(ARTICLE_ARGS)
 
 eval: $(TEST_READY)  ## exact-match accuracy of the bundled model through the served API
 	@$(BIN)/python -m tools.with_server $(if $(MODEL),--model "$(MODEL)") -- $(BIN)/python -m tools.evaluate --url '{url}' $(EVAL_ARGS)
