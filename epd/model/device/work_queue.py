@@ -6,8 +6,11 @@ have always passed and a captured function is the function itself.
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -115,33 +118,48 @@ class CudaQueue:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Run `work` once, so that whatever is made at a first call is there, and capture a second run.
 
-        On the current stream, whose priority the graph's kernels take over; on one beside it where that is the legacy default
-        stream, which cannot be captured. Only errors of this thread count: other stages' streams may allocate meanwhile. The host
-        waits for nothing.
+        On a stream that serves nothing else, of the current one's priority, which the graph's kernels take over. For nothing may be
+        recorded on a stream that is being captured: memory that steps in flight read is let go at any time, on other threads, and
+        torch records an event on each stream that used it. It fails when it asks for one that was captured.
+
+        Only errors of this thread count: other stages' streams may allocate meanwhile. The host waits for nothing.
         """
-        with torch.cuda.device(self.device):
+        with _one_capture, _no_collection(), torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
-            stream = current if current.cuda_stream else self._side_stream()
+            if self._side is None:
+                self._side = torch.cuda.Stream(priority=current.priority)  # type: ignore[no-untyped-call]
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            stream.wait_stream(current)
+            self._side.wait_stream(current)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self._side):
                 work()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     work()
                 finally:
                     graph.capture_end()
-            current.wait_stream(stream)
+            current.wait_stream(self._side)
         return graph.replay
 
-    def _side_stream(self) -> torch.cuda.Stream:
-        if self._side is None:
-            self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        return self._side
-
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
+        with _one_capture:
+            torch.cuda.synchronize(self.device)
+
+
+# Whoever waits for the whole device while any of its streams is captured gets an error, and so does the capture.
+_one_capture = threading.Lock()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage may hold device memory, and to free that is forbidden to a thread that captures."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _CudaMark:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -97,3 +100,88 @@ def test_a_capture_that_fails_leaves_the_device_alone() -> None:
     with pytest.raises(RuntimeError, match="no"):
         queue.capture(work)
     assert x.sum().item() == 4
+
+
+@pytest.mark.gpu
+def test_memory_that_is_let_go_during_a_capture_can_be_used_again() -> None:
+    """Steps in flight come back on another thread, and drop what they brought, while the next one captures its graph."""
+    queue = CudaQueue(torch.device("cuda", 0))
+    x = torch.ones(1 << 20, device="cuda")
+    stage = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stage):
+        held: list[Any] = [queue.host_memory(x.nbytes), torch.empty_like(x)]
+        queue.copy(x.view(torch.uint8), held[0])
+        held[1].record_stream(stage)
+
+        runs: list[int] = []
+
+        def work() -> None:
+            x.mul_(1)
+            runs.append(1)
+            if len(runs) == 2:  # the one that is captured
+                held.clear()
+
+        queue.capture(work)()
+        for _ in range(3):  # asks how far the streams are that have used what was dropped
+            assert len(queue.host_memory(x.nbytes)) == x.nbytes
+            torch.empty_like(x)
+    torch.cuda.synchronize()
+
+
+class FakeStream:
+    def __init__(self, priority: int = 0) -> None:
+        self.priority = priority
+        self.waited_for: list[FakeStream] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited_for.append(other)
+
+
+def test_what_is_captured_is_a_stream_that_nothing_else_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as much of torch.cuda as a capture asks for."""
+    stage, seen = FakeStream(priority=-5), []
+    current = [stage]
+
+    @contextmanager
+    def use(stream: FakeStream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    class FakeGraph:
+        def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+            seen.append(("begin", current[-1], gc.isenabled(), capture_error_mode))
+
+        def capture_end(self) -> None:
+            seen.append(("end", current[-1], gc.isenabled(), ""))
+
+        def replay(self) -> None:
+            seen.append(("replay", current[-1], gc.isenabled(), ""))
+
+    fakes = {
+        "device": lambda _: nullcontext(),
+        "current_stream": lambda: current[-1],
+        "Stream": FakeStream,
+        "stream": use,
+        "graph_pool_handle": object,
+        "CUDAGraph": FakeGraph,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    queue = CudaQueue(torch.device("cuda", 0))
+    for _ in range(2):
+        queue.capture(lambda: seen.append(("work", current[-1], gc.isenabled(), "")))()
+    side = seen[0][1]
+    assert isinstance(side, FakeStream)
+    assert side is not stage
+    assert side.priority == stage.priority
+    assert side.waited_for == [stage, stage]
+    assert stage.waited_for == [side, side]
+    once = [
+        ("work", side, False, ""),
+        ("begin", side, False, "thread_local"),
+        ("work", side, False, ""),
+        ("end", side, False, ""),
+        ("replay", stage, True, ""),
+    ]
+    assert seen == once * 2
