@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from epd.config import ROLES, ClusterConfig, ServeConfig, parse
+from epd.config import ClusterConfig, ObserveConfig, ServeConfig, parse
 from epd.errors import BadConfig
+from epd.options import ROLES
 
 
 @pytest.fixture(autouse=True)

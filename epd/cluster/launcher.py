@@ -50,7 +50,7 @@ class Launcher:
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
         self._cluster_port = _free_port()
-        self._environment = dict(os.environ, EPD_TOKEN=secrets.token_hex(32))
+        self._environment = dict(os.environ, EPD_TOKEN=secrets.token_hex(32), EPD_API_KEY=config.serve.http.api_key)
         self._members = [*self._describe()]
         self._stop = asyncio.Event()
         self._force = asyncio.Event()

@@ -6,10 +6,11 @@ import msgspec
 import pytest
 
 from epd.cluster.emulated_stack import EmulatedStack
-from epd.config import BUNDLED_MODEL, ServeConfig, parse
+from epd.config import ServeConfig, parse
 from epd.emulated.profile import SHIPPED, load_profile, slowed
 from epd.errors import BadConfig
 from epd.model.config import load_model_config
+from epd.options import BUNDLED_MODEL
 from tests.emulated.profiles import PROFILE
 
 

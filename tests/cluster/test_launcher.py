@@ -17,3 +17,11 @@ def test_every_worker_is_started_on_its_seat() -> None:
     }
     assert isinstance(commands["gateway"], ServeConfig)
     assert commands["gateway"].device == "cpu"  # a gateway needs none
+
+
+def test_secrets_go_along_in_the_environment_and_not_where_everybody_reads_them() -> None:
+    config = parse(["cluster", "--api-key", "a secret"])
+    assert isinstance(config, ClusterConfig)
+    launcher = Launcher(config)
+    assert not any("secret" in word for words in launcher.commands().values() for word in words)
+    assert launcher._environment["EPD_API_KEY"] == "a secret"

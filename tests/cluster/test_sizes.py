@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from epd.cluster.budget import BudgetItem, weight_items, working_items
 from epd.cluster.sizes import DeviceMemory, Sizes, budget_lines, decide
-from epd.config import BUNDLED_MODEL, EngineConfig, ServeConfig, parse
+from epd.config import EngineConfig, ServeConfig, parse
 from epd.errors import BadConfig
 from epd.model.config import ImageConfig, ModelConfig, TextConfig, VisionConfig, load_model_config
+from epd.options import BUNDLED_MODEL
 
 MODEL = load_model_config(BUNDLED_MODEL)
 GIB = 2**30

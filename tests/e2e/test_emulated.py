@@ -14,10 +14,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from epd.config import BUNDLED_MODEL
 from epd.emulated.tokens import FIRST_TOKEN, expected_tokens
 from epd.gateway.prompt import Prompter
 from epd.model.config import load_model_config
+from epd.options import BUNDLED_MODEL
 from tests.emulated.profiles import PROFILE
 from tests.model.reference import png
 from tests.support.cluster import ALL_ROLES, APART, MODEL_NAME, node_cluster
@@ -97,7 +97,8 @@ def test_a_worker_of_emulated_devices_imports_neither_torch_nor_a_compiler(devic
         "import sys\n"
         "from pathlib import Path\n"
         "from epd.cluster.build import load\n"
-        "from epd.config import BUNDLED_MODEL, parse\n"
+        "from epd.config import parse\n"
+        "from epd.options import BUNDLED_MODEL\n"
         "from epd.model.config import load_model_config\n"
         f"config = parse(['serve', '--roles', 'encode,prefill,decode', '--device', {device!r}])\n"
         "load(config, BUNDLED_MODEL, load_model_config(BUNDLED_MODEL), lambda text: None).close()\n"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from epd.cluster.cpu_stack import CpuStack
-from epd.config import BUNDLED_MODEL
+from epd.options import BUNDLED_MODEL
 from tests.e2e.mix import Case, Said, ask_at_once, ask_one_by_one, cases
 from tests.support.cluster import ALL_ROLES, APART, NodeCluster, ProcessCluster, node_cluster, process_cluster
 from tools.tiny_model.reference import Reference

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from epd.cluster.node import Node
-from epd.config import BUNDLED_MODEL, ServeConfig, parse
+from epd.config import ServeConfig, parse
 from epd.errors import EpdError
+from epd.options import BUNDLED_MODEL
 from epd.stage import StageActor
 from gpu.errors import BrokenPool
 from protocol.messages import Endpoint

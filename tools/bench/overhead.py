@@ -17,10 +17,10 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from epd.config import BUNDLED_MODEL
 from epd.model.config import load_model_config
 from epd.model.runner import TextModelRunner
 from epd.model.weights import load_text_weights
+from epd.options import BUNDLED_MODEL
 from epd.step import SampleRequest, SequenceStep, StepPlan
 from gpu.backend import open_backend
 from gpu.kernels.compiler import warm_up

@@ -10,11 +10,12 @@ from pathlib import Path
 import msgspec
 
 from epd.cluster.build import load
-from epd.config import BUNDLED_MODEL, ServeConfig, parse
+from epd.config import ServeConfig, parse
 from epd.emulated.profile import Profile
 from epd.errors import EpdError
 from epd.model.config import load_model_config
 from epd.model.loader import resolve_model
+from epd.options import BUNDLED_MODEL
 from tools.bench.machine import describe_machine
 from tools.geometry import NAME, qwen3_vl_8b
 from tools.profile_device.roofline import CHIPS, roofline
