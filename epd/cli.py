@@ -14,7 +14,7 @@ import uvloop
 from epd.cluster.banner import banner
 from epd.cluster.launcher import BAD_CONFIG_STATUS, Launcher, check_port
 from epd.cluster.node import Node
-from epd.config import ClusterConfig, ServeConfig, TopConfig, parse
+from epd.config import ClusterConfig, PlanConfig, ServeConfig, TopConfig, parse
 from epd.errors import BadConfig, EpdError
 from epd.log import setup
 
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 status = _cluster(config)
             case TopConfig():
                 status = _top(config)
+            case PlanConfig():
+                status = _plan(config)
     except BadConfig as error:
         print(f"epd: {error.message}", file=sys.stderr)
         status = BAD_CONFIG_STATUS
@@ -74,6 +76,13 @@ def _top(config: TopConfig) -> int:
     from epd.top import run
 
     return run(config)
+
+
+def _plan(config: PlanConfig) -> int:
+    from epd.sizing.command import answer
+
+    print(answer(config))
+    return 0
 
 
 def _cluster(config: ClusterConfig) -> int:

@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(
             "plan",
             help="how many devices of each stage a load needs",
-            description="Sizes a cluster from a device's profile: how many encode, prefill and decode devices, and what gives way first.",
+            description="Sizes a cluster from a device's profile: how many devices of each stage, and what gives way first.",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     )
