@@ -1,0 +1,91 @@
+"""A prompt of thousands of tokens through the stage's own runner: as the server cuts it, whole, and by either attention."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import numpy as np
+
+from epd.model.device.graphs import GraphOptions
+from epd.step import SampleRequest, SequenceStep, StepPlan, TextRunner
+from gpu.cuda.kernels import Kernels
+from gpu.stream import Stream
+from protocol.messages import RequestId, Sampling
+from tools.bench.rows import make_row
+from tools.gpu_check.figures.attention import WAYS, chunk_sizes
+from tools.gpu_check.figures.counts import prefill_flop
+from tools.gpu_check.figures.decode import short
+from tools.gpu_check.figures.rig import Rig
+from tools.gpu_check.found import Figures, Limits, Missing
+
+_ROUNDS = 3
+
+
+def run(rig: Rig) -> Figures:
+    limits = rig.known_limits()
+    yield from _by(rig, None, limits)
+    for name, choose in rig.sets.items():
+        if name not in WAYS or name == rig.backend.kernels.name:
+            continue
+        try:
+            yield from _by(rig, choose(), limits)
+        except Exception as error:  # such a set is not here, or does not work here
+            yield Missing(f"prefill, {short(rig.loads.prefill_tokens)} tokens: {name}", f"{type(error).__name__}: {error}")
+
+
+def _by(rig: Rig, kernels: Kernels | None, limits: Limits) -> Figures:
+    """With the backend's own kernels, or with those of a set whose attention goes another way."""
+    num_tokens, stream = rig.loads.prefill_tokens, rig.stream("prefill")
+    runner = rig.runner(kernels, graphs=GraphOptions(max_batch=0))
+    stream.submit(runner.prepare).result()
+    way = f", {WAYS[kernels.name]}" if kernels else ""
+    for chunk in chunk_sizes(rig):
+        seconds = _seconds(rig, runner, stream, chunk)
+        reached = prefill_flop(rig.config.text, num_tokens) / seconds
+        is_whole = chunk >= num_tokens
+        yield make_row(
+            f"prefill, {short(num_tokens)} tokens, {'in one chunk' if is_whole else f'chunks of {short(chunk)}'}{way}",
+            reached / 1e12,
+            "TFLOP/s",
+            baseline=limits.flop_per_s / 1e12,
+            bar="" if kernels else ">=0.55",
+            note=f"{1e3 * seconds:.1f} ms, {num_tokens / seconds:,.0f} tokens/s"
+            + ("" if is_whole else "; as the server cuts one prompt"),
+        )
+    runner.close()
+
+
+def _seconds(rig: Rig, runner: TextRunner, stream: Stream, chunk: int) -> float:
+    """From handing over the first chunk to the token; chunks follow each other without a wait."""
+    plans = _plans(rig, chunk)
+    durations = []
+    for turn in range(_ROUNDS + 1):
+        started = time.perf_counter()
+        futures = [stream.submit(runner.execute, plan) for plan in plans]
+        for future in futures:
+            future.result()
+        if turn:
+            durations.append(time.perf_counter() - started)
+    return statistics.median(durations)
+
+
+def _plans(rig: Rig, chunk: int) -> list[StepPlan]:
+    random, num_tokens = np.random.default_rng(0), rig.loads.prefill_tokens
+    token_ids = random.integers(0, rig.config.text.vocab_size, num_tokens).astype(np.int32)
+    table = random.permutation(len(rig.kv_blocks()))[: rig.num_blocks_of(num_tokens)].astype(np.int32)
+    nothing = np.empty(0, np.int32)
+    sample = SampleRequest(Sampling(temperature=0.0), nothing, nothing)
+    plans = []
+    for start in range(0, num_tokens, chunk):
+        end = min(start + chunk, num_tokens)
+        sequence = SequenceStep(
+            request_id=RequestId("prompt"),
+            token_ids=token_ids[start:end],
+            num_computed_tokens=start,
+            positions=np.tile(np.arange(start, end, dtype=np.int32), (3, 1)),
+            block_table=table,
+            sample=sample if end == num_tokens else None,
+        )
+        plans.append(StepPlan((sequence,)))
+    return plans
