@@ -1,4 +1,4 @@
-"""The words of the command line: commands, options, defaults, help. What they mean, and whether it makes sense, says `epd.config`."""
+"""The words of the command line: commands, options, defaults, help. What they mean, and whether it makes sense, says `config`."""
 
 from __future__ import annotations
 

@@ -172,6 +172,7 @@ async def _add_worker(made: World, backend: CpuBackend, name: str, roles: list[s
             backend,
             num_blocks=sizes.prefill_blocks,
             chunk=sizes.chunk,
+            budget=max(16, sizes.chunk),
             allowed=sizes.allowed,
             shared=shared,
             local=local,
