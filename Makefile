@@ -19,8 +19,9 @@ PINS := setup.cfg constraints.txt pyproject.toml tools/install.sh
 RUN_READY := $(VENV)/.ready-run-$(DEVICE_KIND)
 TEST_READY := $(VENV)/.ready-test-$(DEVICE_KIND)
 JOBS ?= 2
+PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: help run-cluster test check-deploy check-dashboard lint bench bench-article eval clean
+.PHONY: help run-cluster test check-deploy check-dashboard lint bench bench-article gpu-check eval clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -54,6 +55,9 @@ bench: $(TEST_READY)  ## measure every speed claim; prints a table and keeps it 
 
 bench-article: $(TEST_READY)  ## the article's experiment on emulated devices: table, plots and JSON under bench/results/, 10 minutes
 	@$(BIN)/python -m tools.article $(ARTICLE_ARGS)
+
+gpu-check:  ## on a machine with a GPU: its tests and figures, in ten minutes at most; installs nothing
+	@$(PYTHON) -m tools.gpu_check $(GPU_CHECK_ARGS)
 
 eval: $(TEST_READY)  ## exact-match accuracy of the bundled model through the served API
 	@$(BIN)/python -m tools.with_server $(if $(MODEL),--model "$(MODEL)") -- $(BIN)/python -m tools.evaluate --url '{url}' $(EVAL_ARGS)

@@ -84,7 +84,8 @@ def open_peer_rig(order: Order) -> tuple[Any, Mapping[str, Callable[[Any], Any]]
     import torch
 
     from tools.gpu_check.figures import peer
-    from tools.gpu_check.figures.rig import Limits, Loads
+    from tools.gpu_check.figures.rig import Loads
+    from tools.gpu_check.found import Limits
 
     if not order.limits:
         raise ValueError("the device's limits were not measured in this run, so nothing can be held against them")
