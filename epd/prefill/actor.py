@@ -139,7 +139,7 @@ class PrefillActor(StageActor):
             reply.fail(error)
             return
         finally:
-            await self._fetcher.release(message.ref)
+            await self._fetcher.release(message.ref, message.endpoint)
         if rows is not None:
             entry.rows[message.item_index] = rows
         entry.note_embedding(self.clock())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from epd.errors import EpdError, StaleHandle
+from epd.errors import EpdError, StaleHandle, Unavailable
 from epd.microkernel.system import System
 from epd.step import Rows
 from epd.transfer.receiver import Receiver
+from gpu.errors import OutOfMemory
 from gpu.pool import Scratch
 from protocol.messages import Address, EmbeddingRef, Endpoint, MMItem, ReleaseLease
 
@@ -37,19 +38,24 @@ class EmbeddingFetcher:
 
         Raises:
             StaleHandle, CorruptTransfer, PeerLost: it is to be encoded again.
+            Unavailable: there is no memory for it now, and there will be when steps have read what is here.
         """
         if ref.layout != self._layout:
             raise StaleHandle(f"{ref.worker} encodes for another model")
         if ref.num_tokens != item.num_tokens or len(ref.block_ids) * self._block_rows < ref.num_tokens:
             raise StaleHandle(f"{ref.worker} has {ref.num_tokens} rows for an image of {item.num_tokens} tokens")
-        scratch = self._allocate(len(ref.block_ids))
+        try:
+            scratch = self._allocate(len(ref.block_ids))
+        except OutOfMemory as error:
+            raise Unavailable(f"no memory for the embedding of another image: {error}") from error
         await self._receiver.pull(ref, source, scratch, range(len(ref.block_ids)))
         rows: Rows = scratch.rows(self._width)[: ref.num_tokens]
         return rows
 
-    async def release(self, ref: EmbeddingRef) -> None:
+    async def release(self, ref: EmbeddingRef, source: Endpoint) -> None:
         """Tell the encode worker that it may evict; it finds out by itself, later, if it does not hear this."""
         try:
+            self._system.introduce(source)  # where nothing was fetched nobody has yet
             await self._system.tell(Address(ref.worker, "encode"), ReleaseLease(ref.lease_id), timeout_s=1.0)
         except EpdError:
             pass

@@ -15,7 +15,8 @@ from epd.gateway.journey import State
 from epd.microkernel.actor import Mail
 from epd.request import GenerateRequest
 from epd.timeline import Timeline
-from gpu.errors import DeviceFailed
+from gpu.errors import DeviceFailed, OutOfMemory
+from gpu.pool import Scratch
 from protocol.messages import RequestId, TokenStep
 from tests.support.stages import expected_tokens, with_images
 from tests.support.systems import until
@@ -269,6 +270,25 @@ async def test_a_device_that_fails_ends_the_stage_and_its_requests_go_on_elsewhe
         assert got == due
         assert len(made.decode[busy].actor.tables()) > 0  # it stopped as it was: nothing there is worth a try
         await made.lose(busy)
+
+
+async def test_an_image_waits_while_prefill_has_no_memory_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world(THREE) as made:
+        fetcher = made.prefill["p0"].actor._fetcher
+        allocate = fetcher._allocate
+        refused: list[int] = []
+
+        def short(num_blocks: int) -> Scratch:
+            if len(refused) < 2:
+                refused.append(num_blocks)
+                raise OutOfMemory(num_blocks, 0)
+            return allocate(num_blocks)
+
+        monkeypatch.setattr(fetcher, "_allocate", short)
+        request, due = _with_pictures(made)
+        assert await made.run(request) == due
+        assert len(refused) == 2
+        await made.settle()
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
