@@ -21,6 +21,7 @@ from epd.stage import StageActor, unexpected
 from epd.step import ImageInput, VisionRunner
 from epd.stream import on_stream
 from epd.transfer.sender import Sender
+from gpu.errors import DeviceFailed
 from gpu.pool import Pool
 from gpu.stream import Stream
 from protocol.messages import Abort, EmbeddingRef, Encode, Encoded, LinkLoad, RequestId, Span, StageLoad
@@ -118,6 +119,8 @@ class EncodeActor(StageActor):
         started = self.clock()
         try:
             stored = await on_stream(self._stream, self._runner.encode_patches, patches, _grids(batch), self._reserved(batch))
+        except DeviceFailed:
+            raise  # no step will ever work again here: the stage ends, and its images are encoded elsewhere
         except Exception as error:
             self._log.error("an encode step failed", error=error, num_images=len(batch))
             stored = (error,) * len(batch)

@@ -14,6 +14,7 @@ from epd.errors import BadImage, DeadlineExceeded, EpdError, Unavailable
 from epd.microkernel.system import System
 from epd.step import FloatArray
 from gpu.cpu import CpuBackend
+from gpu.errors import DeviceFailed
 from protocol.messages import Abort, Address, Encode, Encoded, ReleaseLease, RequestId
 from tests.support import stages
 from tests.support.clock import FakeClock
@@ -163,3 +164,18 @@ async def test_a_crashing_tower_fails_the_images_and_not_the_stage(monkeypatch: 
             with pytest.raises(EpdError, match="out of luck"):
                 await bench.encode(b"one")
         assert (bench.rows(await bench.encode(b"one")) == embedding_of(b"one", 3)).all()
+
+
+async def test_a_device_that_fails_ends_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with _bench() as bench:
+
+        def fail(*_: object) -> None:
+            raise DeviceFailed("an illegal address")
+
+        monkeypatch.setattr(bench.stage.runner, "encode_patches", fail)
+        with pytest.raises(EpdError) as caught:
+            await bench.encode(b"one")
+        assert caught.value.retryable
+        with pytest.raises(EpdError) as caught:
+            await bench.encode(b"two", request="s")
+        assert caught.value.retryable
