@@ -123,6 +123,6 @@ def _seconds(queue: WorkQueue, kernel: Kernel, sample: Sequence[Tensor], sequenc
             kernel(q, k, v, sequences)
         after = queue.mark()
         queue.synchronize()
-    except (ImportError, RuntimeError, NotImplementedError):
+    except (ImportError, AttributeError, TypeError, RuntimeError):  # another version of torch has it otherwise, or not at all
         return None
     return after.seconds_since(before) / _ROUNDS

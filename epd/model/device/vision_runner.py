@@ -1,5 +1,4 @@
 """The runner that encode drives on a device: files in on one stream, rows written to the embedding pool on another.
-from gpu.deferred import Deferred, Now
 
 Owns the order of a step: grey levels and places of all patches in one copy, the tower, rows straight to their blocks, checksums.
 Waits for none of it. Does not know the tower's layers.
@@ -59,7 +58,10 @@ class DeviceVisionRunner:
         self._queue.synchronize()  # what was made here may have been made on another stream than steps run on
 
     def prepare(self) -> None:
-        """Choose the attention kernel by timing those there are. On the stage's stream; blocks."""
+        """Choose the attention kernel by timing those there are, and make what a first image would have to wait for.
+
+        On the stage's stream, before the pool is in use: it writes to the first blocks. Blocks.
+        """
         config = self.model.config
         self.model.attention, self.timed = choose(
             self._queue,
@@ -67,6 +69,7 @@ class DeviceVisionRunner:
             head_dim=config.hidden_size // config.num_heads,
             dtype=self.model.dtype,
         )
+        self._rehearse()
 
     def preprocess(self, image: ImageInput) -> Levels | BadImage:
         """Grey levels of one image's patches, or what is wrong with it. Touches no device: may run beside encode_patches."""
@@ -101,6 +104,15 @@ class DeviceVisionRunner:
         """Let go of the pool's memory and the buffers, once the device is done with them."""
         self._queue.synchronize()
         del self._rows, self._staging, self._checksum
+
+    def _rehearse(self) -> None:
+        """An image of four rows, all black."""
+        config = self.model.config
+        side, num_blocks = 2 * config.merge_size, -(-4 // self._block_rows)
+        black = np.zeros((side * side, config.in_channels * config.patch_size**2), np.uint8)
+        sums = self.encode_patches([black], [(1, side, side)], [range(num_blocks)])
+        self._queue.synchronize()
+        del sums  # the host's memory that they have been brought to
 
     def _check(self, images: Sequence[_Image]) -> None:
         merged = self.model.config.merge_size**2
