@@ -25,7 +25,7 @@ from epd.model.config import ModelConfig
 from epd.model.shapes import count_numbers, text_shapes, vision_shapes
 
 _LIBRARY_BYTES = 512 << 20
-_STAGE_LIBRARY_BYTES = 128 << 20  # workspaces of a stage's streams, and its graphs
+_STAGE_LIBRARY_BYTES = 256 << 20  # 64 MiB for each stream that multiplies, of which decode has one more to capture on; graphs
 _FLOAT_BYTES = 4
 _DRAW_BYTES = 1800  # per entry of the vocabulary: weights, ranks and sums of the rows that are drawn from together
 _PLACE_BYTES = 20  # of a patch: row and column, those of its image's last patch, a share of where its row goes

@@ -118,8 +118,8 @@ class CudaQueue:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Run `work` once, so that whatever is made at a first call is there, and capture a second run.
 
-        On a stream that serves nothing else, of the current one's priority, which the graph's kernels take over. For nothing may be
-        recorded on a stream that is being captured: memory that steps in flight read is let go at any time, on other threads, and
+        On a stream that serves nothing else, of the current one's priority, which the graph's kernels take over. Nothing else may
+        be recorded on a stream that is captured: memory that steps in flight read is let go at any time, on other threads, and
         torch records an event on each stream that used it. It fails when it asks for one that was captured.
 
         Only errors of this thread count: other stages' streams may allocate meanwhile. The host waits for nothing.
