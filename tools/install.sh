@@ -61,13 +61,16 @@ show_progress() {
 install_torch() {
     local pin build
     pin=$(grep -E '^torch==' constraints.txt)
+    build=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true)
+    if [ "${device%%:*}" = cuda ] && [ "$build" != "${build%+cpu}" ]; then
+        "$venv/bin/python" -m pip --quiet uninstall --yes torch >>"$log" 2>&1  # to pip it is the version that is asked for
+    fi
     if [ -n "${TORCH_INDEX:-}" ]; then
         pip --index-url "$TORCH_INDEX" --extra-index-url "${PIP_INDEX_URL:-https://pypi.org/simple}" -c constraints.txt "$pin"
     elif [ "${device%%:*}" = cuda ]; then
         pip -c constraints.txt "$pin"
     else
-        build=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true)
-        [ "$build" = "${pin#torch==}+cpu" ] && return
+        [ "${build%%+*}" = "${pin#torch==}" ] && return  # a CUDA build serves a CPU as well
         pip -c constraints.txt "$pin+cpu" \
             || pip --retries 1 --timeout 20 --extra-index-url https://download.pytorch.org/whl/cpu -c constraints.txt "$pin+cpu" \
             || { say "the CPU build of $pin cannot be had here: taking the plain one, which is large"; pip -c constraints.txt "$pin"; }
@@ -82,7 +85,7 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/nu
 fi
 : >"$log"
 trap 'status=$?; [ $status = 0 ] || { tail -n 15 "$log" >&2; say "installation failed; all of pip'\''s output is in $log"; }' EXIT
-say "[2/3] torch (the first time this fetches about 200 MB)"
+say "[2/3] torch (the first time this fetches about $([ "${device%%:*}" = cuda ] && echo 3 GB || echo 200 MB))"
 install_torch
 say "[3/3] the other packages"
 pip -c constraints.txt setuptools
