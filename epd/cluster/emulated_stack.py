@@ -28,11 +28,11 @@ class EmulatedStack:
     embedding_width = 1
 
     def __init__(self, config: ServeConfig, model: ModelConfig) -> None:
-        path, sharing, factor = _read(config.device)
+        path, sharing, factor, beat_s, phase_s = _read(config.device)
         self._profile = profile = slowed(load_profile(path), factor) if factor != 1.0 else load_profile(path)
         self._config = config
         self._model = model
-        self._device = EmulatedDevice(profile, sharing)
+        self._device = EmulatedDevice(profile, sharing, beat_s=beat_s, phase_s=phase_s)
         times = CopyTimes(
             profile.copies.latency_s,
             profile.copies.bytes_per_s,
@@ -110,17 +110,21 @@ class _EmulatedMeter:
         """The device is closed by its stack."""
 
 
-def _read(device: str) -> tuple[str, Sharing, float]:
-    """emulated:PROFILE?sharing=NAME&slow=FACTOR"""
+def _read(device: str) -> tuple[str, Sharing, float, float, float]:
+    """emulated:PROFILE?sharing=NAME&slow=FACTOR&beat=SECONDS&phase=SECONDS"""
     path, _, query = device.removeprefix("emulated:").partition("?")
     options = {name: values[-1] for name, values in parse_qs(query, keep_blank_values=True).items()}
     try:
         sharing, factor = Sharing(options.pop("sharing", Sharing.FUSED)), float(options.pop("slow", "1"))
+        beat_s, phase_s = float(options.pop("beat", "0")), float(options.pop("phase", "0"))
     except ValueError as error:
-        raise BadConfig(f"--device {device}: {error}; sharing is {' or '.join(Sharing)}, slow a number") from None
-    if options or not 0 < factor < 1000:
-        raise BadConfig(f"--device {device}: the options are sharing={'|'.join(Sharing)} and slow=FACTOR above 0")
-    return path, sharing, factor
+        raise BadConfig(f"--device {device}: {error}; sharing is {' or '.join(Sharing)}, the others are numbers") from None
+    if options or not 0 < factor < 1000 or not 0 <= phase_s <= beat_s < 1000:
+        raise BadConfig(
+            f"--device {device}: the options are sharing={'|'.join(Sharing)}, slow=FACTOR above 0, and beat=SECONDS with a "
+            "phase=SECONDS of at most that"
+        )
+    return path, sharing, factor, beat_s, phase_s
 
 
 def _host(pool: Pool) -> HostPool:

@@ -9,6 +9,7 @@ Owns: the device's thread. Knows: costs. Does not know: requests, pools, what is
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -60,14 +61,28 @@ class RealClock:
 
 
 class EmulatedDevice:
-    """One per process. `launch` is called by the stages' streams, `close` by whoever made it."""
+    """One per process. `launch` is called by the stages' streams, `close` by whoever made it.
 
-    def __init__(self, profile: Profile, sharing: Sharing = Sharing.FUSED, clock: Clock | None = None) -> None:
+    With a `beat_s`, work that finds the device idle begins at `phase_s` after a multiple of it on the host's monotonic clock, so
+    that whoever knows how long steps take knows when they end.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        sharing: Sharing = Sharing.FUSED,
+        clock: Clock | None = None,
+        *,
+        beat_s: float = 0.0,
+        phase_s: float = 0.0,
+    ) -> None:
         self.profile = profile
         self.late_s = 0.0  # by how much work ended later than it should have, summed
         self.busy_s = 0.0
         self._sharing = sharing
         self._clock = clock or RealClock()
+        self._beat_s = beat_s
+        self._phase_s = phase_s
         self._free_at = 0.0
         self._last_stage = ""
         self._waiting: list[Work] = []
@@ -109,12 +124,17 @@ class EmulatedDevice:
 
     def _occupy(self, chosen: Sequence[Work]) -> None:
         seconds = cost_s(self.profile, chosen)
-        end = max(self._free_at, *(work.arrived_at for work in chosen)) + seconds
+        end = self._start(max(work.arrived_at for work in chosen)) + seconds
         self._clock.sleep_until(end)
         self._free_at = end
         self._last_stage = chosen[0].stage
         self.busy_s += seconds
         self.late_s += max(0.0, self._clock.now() - end)
+
+    def _start(self, arrived_at: float) -> float:
+        if arrived_at <= self._free_at or not self._beat_s:
+            return max(self._free_at, arrived_at)
+        return math.ceil((arrived_at - self._phase_s) / self._beat_s) * self._beat_s + self._phase_s
 
 
 def choose(waiting: Sequence[Work], sharing: Sharing, last_stage: str) -> list[Work]:

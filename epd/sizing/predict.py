@@ -155,7 +155,8 @@ class Model:
         """Of a decode device that is to draw so many tokens a second: its batch, ITL, and the share of its KV memory in use."""
         batch = steady_batch(self.profile, tokens_per_s, need.context, most=self.steps.max_running)
         itl = decode_step_s(self.profile, batch, need.context) if batch < math.inf else math.inf
-        return batch, itl, self._kv_share(batch, need)
+        joining = 1 + 0.5 / need.decode_tokens if need.decode_tokens else 1.0  # half a step until it can take part
+        return batch, itl * joining, self._kv_share(batch, need)
 
     # --- parts ------------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from tools.servers import ServerFailed, free_port, thread_environment
 _POLL_S = 0.1
 _START_S = 120.0
 _STOP_S = 10.0
+_IMAGES_ONE_BY_ONE = ("--max-patches", "8192")  # one of 1080p fills a GPU; a step of several only makes the first ones wait
 ALL_STAGES = "encode,prefill,decode"
 # What a benchmark must not run into; nothing that makes anything faster.
 _ROOM = ("--max-requests", "100000", "--max-prompt-tokens", "1000000000", "--request-timeout-s", "3600", "--lease-s", "300")
@@ -49,13 +50,14 @@ def traditional(devices: int) -> Topology:
 
 def strong(devices: int) -> Topology:
     """Prompt chunks of 512 tokens beside decode in one step."""
-    options = ("--token-budget", "512", "--max-chunk-tokens", "512")
+    options = ("--token-budget", "512", "--max-chunk-tokens", "512", *_IMAGES_ONE_BY_ONE)
     return Topology("colocated, chunked", (ALL_STAGES,) * devices, "fused", options, "together")
 
 
 def apart(encode: int, prefill: int, decode: int) -> Topology:
     workers = ("encode",) * encode + ("prefill",) * prefill + ("decode",) * decode
-    return Topology(f"epd {encode}:{prefill}:{decode}", workers, options=("--token-budget", "2048", "--max-chunk-tokens", "2048"))
+    options = ("--token-budget", "2048", "--max-chunk-tokens", "2048", *_IMAGES_ONE_BY_ONE)
+    return Topology(f"epd {encode}:{prefill}:{decode}", workers, options=options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,10 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    topology: Topology, *, model: Path, profile: str, slow: float, options: Sequence[str] = ()
+    topology: Topology, *, model: Path, profile: str, slow: float = 1.0, beat_s: float = 0.0, options: Sequence[str] = ()
 ) -> AsyncIterator[Running]:
-    """A gateway and the topology's workers; nothing of them is left on leaving.
+    """A gateway and the topology's workers; nothing of them is left on leaving. With `beat_s`, the devices' steps begin at
+    moments that are known (epd.emulated.device), each worker's as far after the one's before as there are workers in a beat.
 
     Raises:
         ServerFailed: one of them ended, or they were not ready in time.
@@ -97,9 +100,11 @@ async def running(
     )
     common = (*common, *topology.options, *options, "--log-level", "warning", "--drain-timeout-s", "0")
     device = f"emulated:{profile}?sharing={topology.sharing}&slow={slow:g}"
+    beats = [f"&beat={beat_s:g}&phase={beat_s * number / len(topology.workers):.6f}" for number in range(len(topology.workers))]
     gateway = ("--roles", "gateway", "--port", str(port), "--cluster-port", str(cluster_port), "--placement", topology.placement)
-    join = ("--join", f"127.0.0.1:{cluster_port}", "--device", device)
-    commands = [gateway, *(("--roles", roles, *join) for roles in topology.workers)]
+    join = ("--join", f"127.0.0.1:{cluster_port}")
+    workers = [("--roles", roles, *join, "--device", device + beat) for roles, beat in zip(topology.workers, beats, strict=True)]
+    commands = [gateway, *workers]
     url = f"http://127.0.0.1:{port}"
     began = asyncio.get_running_loop().time()
     with tempfile.TemporaryFile() as log:
