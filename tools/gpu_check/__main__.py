@@ -25,14 +25,14 @@ from tools.gpu_check.budget import Budget
 from tools.gpu_check.device import NoGpu, find_gpu, lines
 from tools.gpu_check.findings import Findings
 from tools.gpu_check.order import Order
-from tools.gpu_check.supervise import ROOT, Group, Part, end, popen, run_group
+from tools.gpu_check.supervise import CHILD, ROOT, Group, Part, end, popen, run_group
 from tools.gpu_check.tests_of import TestGroup, run_tests
 
 NO_GPU_STATUS = 2
 TOTAL_S = 570.0  # of the ten minutes: the rest is for whoever starts and reads it
 TESTS_S = 130.0
 PROFILE_S = 60.0
-_CHILD = "tools.gpu_check.child"
+_OPENERS = "tools.gpu_check.child"
 
 GROUPS: dict[str, Group] = {
     "figures": Group(
@@ -46,11 +46,11 @@ GROUPS: dict[str, Group] = {
             Part("launches", 25),
             Part("loading", 40),
         ),
-        f"{_CHILD}:open_device_rig",
+        f"{_OPENERS}:open_device_rig",
         start_s=45,
     ),
-    "serving": Group((Part("serving", 165),), f"{_CHILD}:open_serving", start_s=15, grace_s=10),
-    "transformers": Group((Part("transformers", 120),), f"{_CHILD}:open_peer_rig", start_s=45),
+    "serving": Group((Part("serving", 165),), f"{_OPENERS}:open_serving", start_s=15, grace_s=10),
+    "transformers": Group((Part("transformers", 120),), f"{_OPENERS}:open_peer_rig", start_s=45),
 }
 PARTS = ("tests", *GROUPS, *(part.name for part in GROUPS["figures"].parts), "profile")
 _QUICK_LOADS: dict[str, Any] = {"decode_steps": 20, "rounds": 5}
@@ -68,6 +68,7 @@ class Check:
     out: Path
     is_quick: bool = False
     groups: dict[str, Group] = field(default_factory=lambda: dict(GROUPS))
+    child: Sequence[str] = CHILD
     findings: Findings = field(default_factory=Findings)
     write: Callable[[Findings], None] = lambda findings: None
 
@@ -85,7 +86,7 @@ class Check:
             if self.findings.limits is None and parts[0].name != "limits" and name != "serving":
                 parts = (*self._limits(name), *parts)
             chosen = Group(parts, group.opener, group.start_s, group.grace_s)
-            run_group(chosen, self.budget, self.findings, self._order, log=self.log, say=_say)
+            self._measure(chosen)
             self.write(self.findings)
         if "profile" in self.wanted:
             self._profile()
@@ -97,8 +98,11 @@ class Check:
         if name == "figures":
             return (limits,)
         alone = Group((limits,), group.opener, group.start_s, group.grace_s)
-        run_group(alone, self.budget, self.findings, self._order, log=self.log, say=_say)
+        self._measure(alone)
         return ()
+
+    def _measure(self, group: Group) -> None:
+        run_group(group, self.budget, self.findings, self._order, log=self.log, say=_say, command=self.child)
 
     def _order(self, group: Group, parts: Sequence[str], seconds: float) -> Order:
         return Order(

@@ -24,6 +24,7 @@ from tools.gpu_check.findings import Findings
 from tools.gpu_check.order import Order
 
 ROOT = Path(__file__).resolve().parents[2]
+CHILD = (sys.executable, "-m", "tools.gpu_check.child")
 _TAIL = 1500  # characters of what a process that died had said
 
 
@@ -54,7 +55,7 @@ def run_group(
     *,
     log: Path,
     say: Progress,
-    command: Sequence[str] = (sys.executable, "-m", "tools.gpu_check.child"),
+    command: Sequence[str] = CHILD,
 ) -> None:
     """Every part ends up in `findings`: with what it found, and with why it did not end if it did not.
 
