@@ -57,6 +57,7 @@ class Prediction:
 
 
 Predictor = Callable[[float], Prediction]
+FirstToken = tuple[float, float, list[Wait]]  # of a kind: its share, its time without others, and where it may wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +76,20 @@ class Model:
         need = self.demand()
 
         def predict(rate: float) -> Prediction:
-            waits = [self._encode_wait(rate, need, split.encode)]
-            waits.append(waiting(rate, need.prefill_s, split.prefill, service_cv2=need.prefill_cv2))
+            encode = self._encode_wait(rate, need, split.encode)
+            prefill = waiting(rate, need.prefill_s, split.prefill, service_cv2=need.prefill_cv2)
             tokens = rate * need.decode_tokens / split.decode if split.decode else math.inf
             batch, itl, _ = self.decode(tokens, need)
-            first = self._mean(lambda kind: _first_token_apart(self.profile, kind, split.encode, self.steps))
+            first = [
+                (share, _first_token_apart(self.profile, kind, split.encode, self.steps), [encode, prefill][not kind.patches :])
+                for share, kind in self.workload.shares()
+            ]
             busy = {
                 "encode": _share(rate * need.encode_s, split.encode),
                 "prefill": _share(rate * need.prefill_s, split.prefill),
                 "decode": self._decode_busy(tokens, batch, need),
             }
-            return self._prediction(rate, first, waits, itl, batch, busy, need)
+            return self._prediction(rate, first, itl, batch, busy, need)
 
         return predict
 
@@ -107,10 +111,10 @@ class Model:
             itl = batch / tokens if tokens and batch < math.inf else (0.0 if not tokens else math.inf)
             itl = max(itl, decode_step_s(self.profile, max(1.0, min(batch, 1e9)), need.context)) if batch < math.inf else math.inf
             wait = waiting(rate, alone, devices, service_cv2=_both_cv2(need))
-            first = self._mean(lambda kind: _first_token_together(self.profile, kind, whole.steps))
             step = decode_step_s(self.profile, batch, need.context) if batch < math.inf else 0.0
             busy = {"devices": each * alone + (tokens / batch * step if 0 < batch < math.inf else (0.0 if not batch else 1.0))}
-            return self._prediction(rate, first + step / 2, [wait], itl, batch, busy, need)
+            first = self._alone_together(whole.steps, step / 2, wait)
+            return self._prediction(rate, first, itl, batch, busy, need)
 
         return predict
 
@@ -141,13 +145,13 @@ class Model:
             itl = batch / tokens if tokens and batch < math.inf else (0.0 if not tokens else math.inf)
             alone = need.encode_s + grown
             wait = waiting(rate, alone, devices, service_cv2=_both_cv2(need)) if grown < math.inf else Wait(math.inf, 1.0)
-            first = self._mean(lambda kind: _first_token_together(self.profile, kind, self.steps))
+            first = self._alone_together(self.steps, max(0.0, grown - need.prefill_s), wait)
             left = max(0.0, 1 - each * alone) if grown < math.inf else 0.0
             own = (
                 (tokens / batch - each * chunks) * decode_step_s(self.profile, batch, need.context) if 0 < batch < math.inf else 0
             )
             busy = {"devices": each * alone + min(left, max(0.0, own)) if grown < math.inf else math.inf}
-            return self._prediction(rate, first + max(0.0, grown - need.prefill_s), [wait], itl, batch, busy, need)
+            return self._prediction(rate, first, itl, batch, busy, need)
 
         return predict
 
@@ -172,8 +176,12 @@ class Model:
         servers = max(1, round(workers / width))
         service = need.encode_s / share * servers / workers
         cv2 = max(0.0, share * (need.encode_cv2 + 1) - 1)
-        wait = waiting(rate * share, service, servers, service_cv2=cv2)
-        return Wait(wait.mean_s * share, wait.chance * share)
+        return waiting(rate * share, service, servers, service_cv2=cv2)
+
+    def _alone_together(self, steps: Steps, more_s: float, wait: Wait) -> list[FirstToken]:
+        return [
+            (share, _first_token_together(self.profile, kind, steps) + more_s, [wait]) for share, kind in self.workload.shares()
+        ]
 
     def _decode_busy(self, tokens: float, batch: float, need: Demand) -> float:
         if not need.decode_tokens:
@@ -184,14 +192,13 @@ class Model:
         return min(1.0, tokens * step / max(batch, 1e-9))
 
     def _prediction(
-        self, rate: float, first: float, waits: list[Wait], itl: float, batch: float, busy: dict[str, float], need: Demand
+        self, rate: float, first: list[FirstToken], itl: float, batch: float, busy: dict[str, float], need: Demand
     ) -> Prediction:
-        ttft = first + sum(wait.mean_s for wait in waits)
-        never = any(wait.mean_s == math.inf for wait in waits)
+        ttft = sum(share * (alone + sum(wait.mean_s for wait in waits)) for share, alone, waits in first)
         return Prediction(
             rate=rate,
             ttft_s=ttft,
-            ttft_p90_s=math.inf if never else first + quantile(0.9, waits),
+            ttft_p90_s=math.inf if ttft == math.inf else quantile(0.9, first),
             itl_s=itl,
             e2e_s=ttft + (need.decode_tokens * itl if need.decode_tokens else 0.0),
             batch=batch,

@@ -7,6 +7,7 @@ of service times). Exact for M/M/c and, with one server, for M/G/1 (Pollaczek-Kh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -43,7 +44,27 @@ def erlang_c(load: float, servers: int) -> float:
     return servers * blocked / (servers - load * (1 - blocked))
 
 
-def quantile(share: float, waits: list[Wait]) -> float:
-    """Of the sum of waits one after another, as if it were normal; never below their mean."""
-    z = {0.5: 0.0, 0.9: 1.2816, 0.95: 1.6449, 0.99: 2.3263}[share]
-    return sum(wait.mean_s for wait in waits) + z * math.sqrt(sum(wait.variance for wait in waits))
+def quantile(share: float, kinds: Sequence[tuple[float, float, Sequence[Wait]]]) -> float:
+    """Of times that are, for each kind of (its share, a constant, waits), the constant and its waits one after another; their sum
+    as if it were normal, and never below nothing.
+    """
+
+    def below(time_s: float) -> float:
+        return sum(weight * _share_below(time_s - constant, waits) for weight, constant, waits in kinds)
+
+    low, high = 0.0, 1e-3
+    while below(high) < share:
+        low, high = high, 2 * high
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) < share else (low, middle)
+    return high
+
+
+def _share_below(time_s: float, waits: Sequence[Wait]) -> float:
+    if time_s < 0:
+        return 0.0
+    mean, deviation = sum(wait.mean_s for wait in waits), math.sqrt(sum(wait.variance for wait in waits))
+    if deviation == 0:
+        return float(time_s >= mean)
+    return 0.5 * (1 + math.erf((time_s - mean) / (deviation * math.sqrt(2))))

@@ -38,6 +38,11 @@ def test_what_cannot_keep_up_waits_for_ever() -> None:
 
 def test_quantiles_of_waits_one_after_another() -> None:
     waits = [Wait(0.2, 0.5), Wait(0.0, 0.0)]
-    assert quantile(0.5, waits) == pytest.approx(0.2)
-    assert quantile(0.9, waits) > quantile(0.5, waits)
-    assert quantile(0.9, [Wait(math.inf, 1.0)]) == math.inf
+    assert quantile(0.5, [(1.0, 1.0, waits)]) == pytest.approx(1.2, rel=1e-3)
+    assert quantile(0.9, [(1.0, 1.0, waits)]) == pytest.approx(1.2 + 1.2816 * math.sqrt(0.12), rel=1e-3)
+
+
+def test_quantiles_of_a_mix_are_those_of_its_slow_kind() -> None:
+    mix = [(0.8, 1.0, [Wait(0.0, 0.0)]), (0.2, 5.0, [Wait(0.0, 0.0)])]
+    assert quantile(0.5, mix) == pytest.approx(1.0, rel=1e-3)
+    assert quantile(0.9, mix) == pytest.approx(5.0, rel=1e-3)
