@@ -34,7 +34,7 @@ class PoolSpec:
 class PoolExport:
     """How a process on the same host finds a pool. `handle` is the word of the backend that made it to the one that maps it."""
 
-    memory: str  # "memfd" | "cuda-ipc"
+    memory: str  # "memfd" | "cuda-ipc" | "cuda", which nobody can map
     handle: bytes
     num_blocks: int
     block_bytes: int

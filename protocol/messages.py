@@ -86,7 +86,7 @@ class PoolRef(Part, frozen=True):
     layout: int  # fingerprint of model geometry, dtype, block size and order; both ends must agree
     num_blocks: int
     block_bytes: int
-    memory: str = ""  # "memfd" | "cuda-ipc"
+    memory: str = ""  # "memfd" | "cuda-ipc" | "cuda", which nobody can map
     handle: bytes = b""  # the word of one backend to another of its kind
 
 

@@ -134,7 +134,7 @@ class CupyDriver:
     def create_event(self, *, interprocess: bool = False) -> int:
         flags = self._runtime.eventDisableTiming | self._runtime.eventBlockingSync
         if interprocess:
-            flags |= self._runtime.eventInterprocess
+            return int(self._share(self._runtime.eventCreateWithFlags, flags | self._runtime.eventInterprocess))
         return int(self._call(self._runtime.eventCreateWithFlags, flags))
 
     def destroy_event(self, event: int) -> None:
@@ -161,7 +161,7 @@ class CupyDriver:
         return None
 
     def export_memory(self, address: int) -> bytes:
-        return bytes(self._call(self._runtime.ipcGetMemHandle, address))
+        return bytes(self._share(self._runtime.ipcGetMemHandle, address))
 
     def open_memory(self, handle: bytes) -> int:
         return self._open(self._runtime.ipcOpenMemHandle, handle)
@@ -170,7 +170,7 @@ class CupyDriver:
         self._call(self._runtime.ipcCloseMemHandle, address)
 
     def export_event(self, event: int) -> bytes:
-        return bytes(self._call(self._runtime.ipcGetEventHandle, event))
+        return bytes(self._share(self._runtime.ipcGetEventHandle, event))
 
     def open_event(self, handle: bytes) -> int:
         return self._open(self._runtime.ipcOpenEventHandle, handle)
@@ -182,6 +182,13 @@ class CupyDriver:
             return function(*arguments)
         except self._error as error:
             raise DeviceFailed(str(error)) from error
+
+    def _share(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Containers, virtual machines and WSL may come without handles between processes."""
+        try:
+            return function(*arguments)
+        except self._error as error:
+            raise CannotMap(f"CUDA cannot share device memory here: {error}") from error
 
     def _torch_stream(self, stream: int) -> torch.cuda.Stream:
         return torch.cuda.ExternalStream(stream, device=self.torch_device)  # type: ignore[no-untyped-call]

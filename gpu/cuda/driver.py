@@ -95,7 +95,7 @@ class Driver(Protocol):
         """Block until the stream has done all it was given, without the interpreter's lock."""
 
     def create_event(self, *, interprocess: bool = False) -> int:
-        """One whose wait blocks the thread and does not spin."""
+        """One whose wait blocks the thread and does not spin. Raises CannotMap where none can be `interprocess`."""
 
     def destroy_event(self, event: int) -> None: ...
 
@@ -113,7 +113,7 @@ class Driver(Protocol):
         """Whether the device can read the memory of another one. None: no device of that name is visible here."""
 
     def export_memory(self, address: int) -> bytes:
-        """A handle of IPC_HANDLE_BYTES of the whole allocation at `address`."""
+        """A handle of IPC_HANDLE_BYTES of the whole allocation at `address`. Raises CannotMap where there are none."""
 
     def open_memory(self, handle: bytes) -> int:
         """Where another process's allocation can be read from. Raises CannotMap."""
@@ -121,7 +121,8 @@ class Driver(Protocol):
     def close_memory(self, address: int) -> None:
         """May wait for all work on the device."""
 
-    def export_event(self, event: int) -> bytes: ...
+    def export_event(self, event: int) -> bytes:
+        """Raises CannotMap as above."""
 
     def open_event(self, handle: bytes) -> int:
         """Another process's event. Raises CannotMap."""

@@ -10,6 +10,7 @@ from gpu.cuda.processes import ProcessId
 from gpu.errors import CannotMap
 
 MEMORY = "cuda-ipc"
+UNSHARED = "cuda"  # of a pool that CUDA lets nobody else open: the handle says in words why
 PAGE_BYTES = 4096
 LABEL_BYTES = 40
 NO_LABEL = bytes(LABEL_BYTES)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gpu.cuda.driver import Driver
-from gpu.cuda.handle import LABEL_BYTES, MEMORY, PAGE_BYTES, Handle, label, memory_size
+from gpu.cuda.handle import LABEL_BYTES, MEMORY, PAGE_BYTES, UNSHARED, Handle, label, memory_size
 from gpu.cuda.mover import Mover
 from gpu.cuda.processes import Processes, ProcessId
 from gpu.deferred import Deferred, Now
@@ -51,6 +51,8 @@ class Mappings:
 
     def map(self, export: PoolExport) -> MappedCudaPool:
         """Raises CannotMap unless what can be read through the handle is the pool that `export` names."""
+        if export.memory == UNSHARED:
+            raise CannotMap(f"its owner keeps it to itself: {export.handle.decode(errors='replace')}")
         if export.memory != MEMORY:
             raise CannotMap(f"a pool of {export.memory} is not device memory")
         handle = Handle.unpack(export.handle)

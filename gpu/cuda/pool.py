@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from gpu.cuda.driver import Driver
-from gpu.cuda.handle import LABEL_BYTES, MEMORY, NO_LABEL, PAGE_BYTES, Handle, label, memory_size
+from gpu.cuda.handle import LABEL_BYTES, MEMORY, NO_LABEL, PAGE_BYTES, UNSHARED, Handle, label, memory_size
 from gpu.cuda.mapping import MappedCudaPool
 from gpu.cuda.memory import DeviceMemory
 from gpu.cuda.mover import Mover, check_ids, rows_of
 from gpu.cuda.processes import Processes
 from gpu.deferred import Deferred, Now
-from gpu.errors import BrokenPool, DeviceFailed, LayoutMismatch, PoolClosed
+from gpu.errors import BrokenPool, CannotMap, DeviceFailed, LayoutMismatch, PoolClosed
 from gpu.pool import Blocks, PoolExport, PoolSpec, check_copy
 
 _ALIGNMENT = 16  # what the copy kernel moves at a time
@@ -52,7 +52,7 @@ class CudaPool:
         self._memory: DeviceMemory | None = DeviceMemory(driver, memory_size(spec.num_blocks, spec.block_bytes))
         self._bytes = self._memory.tensor()
         self.stream = driver.create_stream(driver.priorities()[1])
-        self._event = driver.create_event(interprocess=True)
+        self._event: int | None = None  # once it is exported
         driver.fill(self._memory.address, 0, self._memory.size, self.stream)
         self._write_label(self._memory, self._label)
         self._export: PoolExport | None = None
@@ -89,20 +89,14 @@ class CudaPool:
         return CudaLanding(self._mover, self.blocks, block_ids)
 
     def export(self) -> PoolExport:
+        """Where CUDA has no handles for others, what is exported says so, and whoever would map it finds another way."""
         memory = self._opened()
         if self._export is None:
             self._driver.use()
-            handle = Handle(
-                boot_id=self._processes.boot_id,
-                device=self._driver.info.uuid,
-                process=self._processes.own,
-                size=memory.size,
-                memory=self._driver.export_memory(memory.address),
-                event=self._driver.export_event(self._event),
-            )
+            kind, handle = self._share(memory)
             self._export = PoolExport(
-                memory=MEMORY,
-                handle=handle.pack(),
+                memory=kind,
+                handle=handle,
                 num_blocks=self.num_blocks,
                 block_bytes=self.block_bytes,
                 generation=self.generation,
@@ -126,7 +120,7 @@ class CudaPool:
 
     def tell_readers(self) -> None:
         """Record that what was written until now is complete."""
-        if self._memory is not None:
+        if self._memory is not None and self._event is not None:
             self._driver.record(self._event, self.stream)
 
     def close(self) -> None:
@@ -138,8 +132,24 @@ class CudaPool:
         with suppress(DeviceFailed):  # of a lost context nothing can be freed
             self._driver.use()
             self._write_label(memory, NO_LABEL)
-            self._driver.destroy_event(self._event)
+            if self._event is not None:
+                self._driver.destroy_event(self._event)
             self._driver.destroy_stream(self.stream)
+
+    def _share(self, memory: DeviceMemory) -> tuple[str, bytes]:
+        try:
+            self._event = self._driver.create_event(interprocess=True)
+            handle = Handle(
+                boot_id=self._processes.boot_id,
+                device=self._driver.info.uuid,
+                process=self._processes.own,
+                size=memory.size,
+                memory=self._driver.export_memory(memory.address),
+                event=self._driver.export_event(self._event),
+            )
+        except CannotMap as error:
+            return UNSHARED, str(error).encode()
+        return MEMORY, handle.pack()
 
     def _opened(self) -> DeviceMemory:
         if self._memory is None:

@@ -11,7 +11,7 @@ from gpu.cuda.backend import CudaBackend
 from gpu.cuda.handle import PAGE_BYTES
 from gpu.cuda.pool import CudaPool
 from gpu.cuda.reference import sum64_rows
-from gpu.errors import BrokenPool, DeviceFailed, LayoutMismatch, OutOfMemory
+from gpu.errors import BrokenPool, CannotMap, DeviceFailed, LayoutMismatch, OutOfMemory
 from gpu.host_pool import HostPool
 from gpu.pool import PoolSpec
 from tests.gpu.cuda.fake_driver import FakeDriver, fake_backend
@@ -208,3 +208,24 @@ def test_a_device_that_failed_is_not_asked_any_more(driver: FakeDriver) -> None:
         with pytest.raises(DeviceFailed):
             use()
     pool.close()
+
+
+@pytest.mark.parametrize("what", ["create_event", "export_memory", "export_event"])
+def test_a_pool_that_cannot_be_shared_serves_its_owner_and_says_why(
+    what: str, backend: CudaBackend, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(driver, what)
+
+    def refuse(*arguments: object, **options: object) -> object:
+        if what == "create_event" and not options.get("interprocess"):
+            return original(*arguments, **options)
+        raise CannotMap("cudaErrorNotSupported: operation not supported")
+
+    monkeypatch.setattr(driver, what, refuse)
+    pool = make_pool(backend)
+    export = pool.export()
+    assert pool.export() == export
+    with pytest.raises(CannotMap, match="keeps it to itself: cudaErrorNotSupported"):
+        backend.map_pool(export)
+    found = backend.open_stream("test").submit(pool.checksum, [4]).result(timeout=60)
+    assert found == [int(each) for each in sum64_rows(contents(pool)[[4]])]
