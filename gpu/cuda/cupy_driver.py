@@ -5,7 +5,9 @@ Memory comes from cudaMalloc, not from CuPy's or torch's allocator: a handle for
 
 from __future__ import annotations
 
+import os
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,9 @@ from gpu.errors import CannotMap, DeviceFailed, OutOfMemory, UnknownDevice
 
 _SUCCESS, _OUT_OF_MEMORY, _NOT_READY = 0, 2, 600  # cudaError_t
 _BELOW_ALL_PRIORITIES = -1000  # CUDA takes the greatest there is for it
+_MAX_QUEUES = "32"  # CUDA's most
+
+_idle_streams: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # by device and priority
 
 
 class CupyDriver:
@@ -25,6 +30,8 @@ class CupyDriver:
 
     def __init__(self, index: int) -> None:
         """Raises UnknownDevice, saying what is missing."""
+        # Streams that share one of the device's queues wait for each other, and by default there are eight.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", _MAX_QUEUES)
         self._cupy = _import_cupy()
         self._runtime: Any = self._cupy.cuda.runtime
         self._error: type[Exception] = self._runtime.CUDARuntimeError
@@ -40,7 +47,7 @@ class CupyDriver:
             num_multiprocessors=properties.multi_processor_count,
             total_bytes=properties.total_memory,
         )
-        self._lent_streams: dict[int, torch.cuda.Stream] = {}
+        self._priority_of: dict[int, int] = {}  # of the streams that are in use
         probe = self.create_stream(_BELOW_ALL_PRIORITIES)
         self._greatest_priority = int(self._torch_stream(probe).priority)
         self.destroy_stream(probe)
@@ -103,16 +110,14 @@ class CupyDriver:
         return 0, self._greatest_priority
 
     def create_stream(self, priority: int) -> int:
-        """CuPy has priorities from version 14. Before, it is one of the 32 streams that torch has of each of four priorities."""
-        if hasattr(self._runtime, "streamCreateWithPriority"):
-            return int(self._call(self._runtime.streamCreateWithPriority, self._runtime.streamNonBlocking, priority))
-        lent = torch.cuda.Stream(self.torch_device, priority)  # type: ignore[no-untyped-call]
-        self._lent_streams[int(lent.cuda_stream)] = lent
-        return int(lent.cuda_stream)
+        idle = _idle_streams[self._index, priority]
+        stream = idle.pop() if idle else self._new_stream(priority)
+        self._priority_of[stream] = priority
+        return stream
 
     def destroy_stream(self, stream: int) -> None:
-        if self._lent_streams.pop(stream, None) is None:
-            self._call(self._runtime.streamDestroy, stream)
+        """Keep it for the next who asks. Torch marks the streams that used some memory when that is let go, maybe later."""
+        _idle_streams[self._index, self._priority_of.pop(stream)].append(stream)
 
     @contextmanager
     def on_stream(self, stream: int) -> Iterator[None]:
@@ -182,6 +187,12 @@ class CupyDriver:
             return function(*arguments)
         except self._error as error:
             raise DeviceFailed(str(error)) from error
+
+    def _new_stream(self, priority: int) -> int:
+        """CuPy has priorities from version 14. Before, it is one of the 32 streams that torch has of each of four priorities."""
+        if hasattr(self._runtime, "streamCreateWithPriority"):
+            return int(self._call(self._runtime.streamCreateWithPriority, self._runtime.streamNonBlocking, priority))
+        return int(torch.cuda.Stream(self.torch_device, priority).cuda_stream)  # type: ignore[no-untyped-call]
 
     def _share(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Containers, virtual machines and WSL may come without handles between processes."""

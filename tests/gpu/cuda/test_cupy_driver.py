@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
+from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from gpu.backend import open_backend
+from gpu.cuda import cupy_driver
 from gpu.cuda.backend import CudaBackend
 from gpu.cuda.cupy_driver import CupyDriver
 from gpu.errors import CannotMap, OutOfMemory, UnknownDevice
@@ -69,6 +72,26 @@ class TestNoDevice:
         install(monkeypatch, driver=0)
         with pytest.raises(UnknownDevice, match="no CUDA device"):
             open_backend(device)
+
+
+def test_a_stream_that_is_done_with_is_kept_for_the_next_of_its_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch may still mark it: memory that it used may be let go later."""
+    numbers = itertools.count(100)
+    runtime = types.SimpleNamespace(streamNonBlocking=1, streamCreateWithPriority=lambda flags, priority: next(numbers))
+    monkeypatch.setattr(cupy_driver, "_idle_streams", defaultdict(list))
+    drivers = []
+    for index in (0, 0, 1):
+        driver = object.__new__(CupyDriver)
+        driver._runtime, driver._error, driver._index, driver._priority_of = runtime, FakeRuntimeError, index, {}
+        drivers.append(driver)
+    first, second, other = drivers
+    low, high = first.create_stream(0), first.create_stream(-5)
+    assert (low, high) == (100, 101)
+    first.destroy_stream(low)
+    assert second.create_stream(-5) == 102
+    assert other.create_stream(0) == 103  # another device's
+    assert second.create_stream(0) == low
+    assert second.create_stream(0) == 104
 
 
 @pytest.mark.gpu
