@@ -38,9 +38,9 @@ GROUPS: dict[str, Group] = {
     "figures": Group(
         (
             Part("limits", 20),
-            Part("decode", 50),
-            Part("prefill", 45),
-            Part("attention", 45),
+            Part("decode", 80),
+            Part("prefill", 60),
+            Part("attention", 60),
             Part("vision", 45),
             Part("ipc", 30),
             Part("launches", 25),

@@ -83,25 +83,29 @@ def commands(setup: Setup) -> dict[str, tuple[list[str], int]]:
 
 def run(setup: Setup) -> Iterator[Row | Missing]:
     """An arrangement that does not come up says why; what has no time left says so."""
-    started, known = time.monotonic(), {}
+    started = time.monotonic()
+    known: dict[str, list[Measured]] = {}
     arrangements = commands(setup)
     for number, (name, (command, port)) in enumerate(arrangements.items()):
         left = setup.seconds - (time.monotonic() - started)
         share_s = left / (len(arrangements) - number)
+        measured: list[Measured] = []
+        clusters: list[Mapping[str, Any]] = []
         try:
-            measured, cluster = asyncio.run(_one(setup, command, port, share_s))
+            asyncio.run(_one(setup, command, port, share_s, measured, clusters))
         except (ServerFailed, TimeoutError, OSError, RuntimeError, ValueError, aiohttp.ClientError) as error:
             yield Missing(
                 f"serving: {name}", f"{type(error).__name__}: {str(error)[-600:] or f'not through after {share_s:.0f} s'}"
             )
+        if name == ONE_PROCESS and clusters:
+            yield moved_row(clusters[0])
+        if not measured:
             continue
         known[name] = measured
         if name != COLOCATED:
             for one in measured:
                 beside = next((each for each in known.get(COLOCATED, []) if each.rate == one.rate), None)
                 yield from load_rows(name, one, beside)
-        if name == ONE_PROCESS:
-            yield moved_row(cluster)
     if set(known) == {COLOCATED}:
         for one in known[COLOCATED]:
             yield from load_rows(COLOCATED, one, None)
@@ -148,7 +152,15 @@ def moved_row(cluster: Mapping[str, Any]) -> Row | Missing:
 # --- one server -----------------------------------------------------------------------------------------------------
 
 
-async def _one(setup: Setup, command: Sequence[str], port: int, limit_s: float) -> tuple[list[Measured], dict[str, Any]]:
+async def _one(
+    setup: Setup,
+    command: Sequence[str],
+    port: int,
+    limit_s: float,
+    measured: list[Measured],
+    clusters: list[Mapping[str, Any]],
+) -> None:
+    """Fills `measured`, and `clusters` with what the server says of itself after it was asked for text: as far as time allows."""
     base = f"http://127.0.0.1:{port}"
     until = time.monotonic() + limit_s
     async with asyncio.timeout(limit_s):
@@ -156,9 +168,8 @@ async def _one(setup: Setup, command: Sequence[str], port: int, limit_s: float) 
         async with running_server(command, ready_url=f"{base}/ready", environment=setup.environment, timeout_s=starting_s):
             traffic, warm_up = setup.traffic, ["--concurrency", "8", "--num-requests", str(setup.traffic.num_warm_up)]
             await _load(base, replace(traffic, mix="text"), [*warm_up, "--seed", "7"])
-            cluster = await _cluster(base)  # nothing has moved so far but KV
+            clusters.append(await _cluster(base))  # nothing has moved so far but KV
             await _load(base, traffic, [*warm_up, "--seed", "8"])
-            measured: list[Measured] = []
             for rate in traffic.rates:
                 if measured and until - time.monotonic() < 2 * traffic.duration_s + 5:
                     break  # what there is is worth more than what would be cut off
@@ -166,7 +177,6 @@ async def _one(setup: Setup, command: Sequence[str], port: int, limit_s: float) 
                 async with _busy(setup.device_uuid) as shares:
                     summary = await _load(base, traffic, [*words, "--seed", "0", "--drain", str(traffic.duration_s)])
                 measured.append(Measured(rate, summary, sum(shares) / len(shares) if shares else None))
-    return measured, cluster
 
 
 async def _cluster(base: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,8 +12,10 @@ from gpu.cuda.backend import CudaBackend
 from gpu.cuda.reference import TorchKernels
 from tests.gpu.cuda.fake_driver import FakeDriver, fake_backend
 from tools.bench.rows import Row
+from tools.gpu_check.figures import limits, prefill, vision
 from tools.gpu_check.figures.rig import Loads, Rig
-from tools.gpu_check.found import Found, Limits, Missing
+from tools.gpu_check.found import Figures, Found, Limits, Missing
+from tools.gpu_check.order import Order
 
 FOLDER = Path(__file__).parents[3] / "epd/assets/tiny-vl"
 LIMITS = Limits(copy_bytes_per_s=2e9, read_bytes_per_s=1e9, flop_per_s=4e12)
@@ -59,12 +61,18 @@ def open_backend(total_bytes: int = 1 << 30) -> CudaBackend:
 
 
 @contextmanager
-def open_rig(limits: Limits | None = LIMITS, loads: Loads = LOADS, total_bytes: int = 1 << 30) -> Iterator[Rig]:
-    rig = Rig(open_backend(total_bytes), FOLDER, loads, limits, {"numba": OtherKernels, "triton": _no_such_set})
+def open_rig(known: Limits | None = LIMITS, loads: Loads = LOADS, total_bytes: int = 1 << 30) -> Iterator[Rig]:
+    rig = Rig(open_backend(total_bytes), FOLDER, loads, known, {"numba": OtherKernels, "triton": _no_such_set})
     try:
         yield rig
     finally:
         rig.close()
+
+
+def open_parts(order: Order) -> tuple[Rig, Mapping[str, Callable[[Rig], Figures]]]:
+    """As tools.gpu_check.child opens a device's, in its process."""
+    known = Limits(**order.limits) if order.limits else None
+    return Rig(open_backend(), FOLDER, LOADS, known), {"limits": limits.run, "vision": vision.run, "prefill": prefill.run}
 
 
 def rows_of(found: Iterator[Found]) -> dict[str, Row]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tools.bench.rows import make_row
+from tools.gpu_check.budget import Budget
 from tools.gpu_check.child import run_parts
+from tools.gpu_check.findings import Findings
 from tools.gpu_check.found import Found, Limits, Missing
 from tools.gpu_check.order import Order
+from tools.gpu_check.supervise import Group, Part, run_group
 
 ROW = make_row("speed", 2.0, "GB/s", baseline=1.0, bar=">=1.5")
 
@@ -61,3 +66,20 @@ def test_a_rig_that_cannot_be_opened_breaks_all() -> None:
 def test_an_order_survives_the_way() -> None:
     order = Order(opener="a:b", parts=["it"], folder="f", loads={"rounds": 3}, limits={"flop_per_s": 1.0}, seconds=2.5)
     assert Order.from_json(order.to_json()) == order
+
+
+def test_a_process_measures_its_parts_and_ends(tmp_path: Path) -> None:
+    """All the way but for the device: one process, the limits handed from part to part, nothing of it left."""
+    findings = Findings()
+    group = Group((Part("limits", 60), Part("vision", 60), Part("no such part", 60)), "tests.tools.gpu_check.rigs:open_parts")
+
+    def order(group: Group, parts: Sequence[str], seconds: float) -> Order:
+        return Order(opener=group.opener, parts=parts, limits=findings.limits, seconds=seconds)
+
+    run_group(group, Budget(100, time.monotonic), findings, order, log=tmp_path / "log", say=lambda text: None)
+    assert findings.limits is not None
+    assert findings.limits["flop_per_s"] > 0
+    assert [row["name"] for row in findings.rows][-2] == "vision tower, 2 images of 64 x 64"
+    assert findings.rows[-2]["baseline"] == findings.limits["flop_per_s"] / 1e12
+    assert set(findings.seconds) == {"limits", "vision"}
+    assert findings.broken["no such part"].strip().endswith("KeyError: 'no such part'")

@@ -25,7 +25,7 @@ from tools.gpu_check.found import Limits, Missing
 
 
 def test_limits_count_what_is_read_and_written() -> None:
-    with open_rig(limits=None) as rig:
+    with open_rig(known=None) as rig:
         rig.timer = ScriptedTimer(1e-3)
         first, *rest = limits.run(rig)
         assert first == rig.limits == Limits(2 * (1 << 20) / 1e-3, (1 << 20) / 1e-3, 2 * 64**3 / 1e-3)
@@ -39,7 +39,7 @@ def test_limits_count_what_is_read_and_written() -> None:
 
 
 def test_nothing_is_held_against_limits_of_another_run() -> None:
-    with open_rig(limits=None) as rig, pytest.raises(ValueError, match="limits were not measured"):
+    with open_rig(known=None) as rig, pytest.raises(ValueError, match="limits were not measured"):
         next(decode.run(rig))
 
 

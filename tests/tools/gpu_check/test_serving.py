@@ -1,13 +1,28 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from epd.config import ClusterConfig, ServeConfig, parse
+from epd.options import BUNDLED_MODEL
 from tools.gpu_check import serving
 from tools.gpu_check.found import Missing
-from tools.gpu_check.serving import COLOCATED, ONE_PROCESS, PROCESSES, Measured, Setup, commands, load_rows, moved_row, run
+from tools.gpu_check.serving import (
+    COLOCATED,
+    ONE_PROCESS,
+    PROCESSES,
+    Measured,
+    Setup,
+    Traffic,
+    _one,
+    commands,
+    load_rows,
+    moved_row,
+    run,
+)
 from tools.loadgen.mix import parse_mix
 from tools.servers import ServerFailed
 
@@ -74,20 +89,50 @@ def test_the_mix_is_text_and_up_to_eight_images() -> None:
 
 
 def test_an_arrangement_that_does_not_come_up_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def one(setup: Setup, command: list[str], port: int, limit_s: float) -> tuple[list[Measured], dict[str, Any]]:
+    async def one(
+        setup: Setup, command: list[str], port: int, limit_s: float, measured: list[Measured], clusters: list[Any]
+    ) -> None:
         if "cluster" in command:
             raise ServerFailed("no room")
         if "tools.gpu_check.colocated" in command:
             raise TimeoutError
-        return [Measured(6.0, summary(1.0), None)], cluster(0, 3)
+        clusters.append(cluster(0, 3))
+        measured.append(Measured(6.0, summary(1.0), None))
+        raise TimeoutError  # amid the second load
 
     monkeypatch.setattr(serving, "_one", one)
     found = list(run(Setup(folder="here", seconds=30.0)))
     missing = {each.name: each.reason for each in found if isinstance(each, Missing)}
     assert missing == {
         f"serving: {COLOCATED}": "TimeoutError: not through after 10 s",
+        f"serving: {ONE_PROCESS}": "TimeoutError: not through after 15 s",
         f"serving: {PROCESSES}": "ServerFailed: no room",
     }
     rows = [each for each in found if not isinstance(each, Missing)]
     assert len(rows) == 6
-    assert rows[-1]["name"] == "P to D in one process: KV bytes moved"
+    assert rows[0]["name"] == "P to D in one process: KV bytes moved"
+
+
+async def test_a_server_under_load_is_measured() -> None:
+    """The one actor as a process, on the CPU, asked by the load generator as a process."""
+    traffic = Traffic(
+        rates=(4.0, 8.0),
+        duration_s=1.5,
+        warmup_s=0.1,
+        mix="text:3,1x64x64:1",
+        prompt_words="4-8",
+        output_tokens="2-6",
+        num_warm_up=2,
+    )
+    setup = Setup(folder=str(BUNDLED_MODEL), seconds=0.0, traffic=traffic, options=("--kv-mib", "32", "--embedding-mib", "8"))
+    command, port = commands(setup)[COLOCATED]
+    measured: list[Measured] = []
+    clusters: list[Mapping[str, Any]] = []
+    await _one(replace(setup, environment={"OMP_NUM_THREADS": "1"}), command, port, 120.0, measured, clusters)
+    assert [one.rate for one in measured] == [4.0, 8.0]
+    for one in measured:
+        rows = load_rows(COLOCATED, one, None)
+        assert one.summary["num_ok"] == one.summary["num_requests"] > 0, one.summary["failures"]
+        assert all(row["value"] > 0 for row in rows[1:])
+        assert one.busy_share is None  # nobody said whose
+    assert clusters[0]["model"] == "model"

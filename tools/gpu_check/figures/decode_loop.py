@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import uvloop
 
 from epd.cache.block_pool import BlockPool
 from epd.decode.request import DecodePlan, DecodeRequest, DecodeStep
@@ -70,7 +71,7 @@ def run_decode(
     tables = _Tables()
     for request, table in _requests(load, blocks, block_size, vocab_size):
         scheduler.adopt(request, table, Token(1))
-    return asyncio.run(_steps(scheduler, runner, stream, tables, load))
+    return uvloop.run(_steps(scheduler, runner, stream, tables, load))
 
 
 async def _steps(scheduler: DecodeScheduler, runner: TextRunner, stream: Stream, tables: _Tables, load: DecodeLoad) -> Pace:

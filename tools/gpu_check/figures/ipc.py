@@ -18,6 +18,7 @@ _FIXED_ROUNDS = 101
 
 def run(rig: Rig, opener: str = OPENER) -> Figures:
     limits = rig.known_limits()
+    rig.give_back()  # pools are not made of what torch keeps
     block_bytes = rig.block_size * kv_token_bytes(rig.config.text, rig.dtype.itemsize)
     count = max(2, -(-rig.loads.ipc_bytes // block_bytes))
     layout = rig.config.kv_layout(rig.block_size, rig.backend.block_format)

@@ -28,6 +28,7 @@ NUM_LAYERS = 4
 
 def run(rig: Rig, parent: Path | None = None) -> Figures:
     """`parent`: where the checkpoint is written, and deleted after; the system's folder for temporary files if not given."""
+    rig.give_back()
     with tempfile.TemporaryDirectory(prefix="epd-gpu-check-", dir=parent) as folder:
         started = time.perf_counter()
         file = write_checkpoint(rig, Path(folder))

@@ -23,6 +23,7 @@ def run(rig: Rig) -> Figures:
     limits, config = rig.known_limits(), rig.config
     if config.vision is None or config.image is None:
         raise ValueError(f"{rig.folder} has no vision tower")
+    rig.give_back()
     weights = load_vision_weights(config, rig.folder, "dummy", placement=rig.placement)
     tower = DeviceVisionModel(config.vision, config.image, weights, rig.device, rig.dtype)
     images = _images(rig)
