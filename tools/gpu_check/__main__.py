@@ -165,7 +165,6 @@ class Check:
 def main(argv: Sequence[str] | None = None) -> int:
     """Answers 0 when all ran and the tests passed, 1 when something did not, 2 when there is no GPU; bars do not count."""
     args = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what runs is ended
     budget = Budget(args.seconds, time.monotonic)
     try:
         gpu = find_gpu()
@@ -219,4 +218,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what runs is ended
     sys.exit(main())

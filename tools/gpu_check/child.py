@@ -66,7 +66,7 @@ def open_device_rig(order: Order) -> tuple[Any, Mapping[str, Callable[[Any], Any
     from tools.gpu_check.found import Limits
 
     known = Limits(**order.limits) if order.limits else None
-    rig = Rig(open_cuda(0), Path(order.folder), Loads(**order.loads), known)
+    rig = Rig(open_cuda(0), Path(order.folder), Loads.from_json(order.loads), known)
     return rig, {
         "limits": limits.run,
         "decode": decode.run,
@@ -94,7 +94,7 @@ def open_peer_rig(order: Order) -> tuple[Any, Mapping[str, Callable[[Any], Any]]
         torch.device("cuda", 0),
         torch.bfloat16,
         Limits(**order.limits),
-        Loads(**order.loads),
+        Loads.from_json(order.loads),
         compile_until=time.monotonic() + max(0.0, order.seconds - peer.COMPILE_S),
     )
     return rig, {"transformers": peer.run}

@@ -48,16 +48,14 @@ def as_text(findings: Findings) -> str:
     if findings.rows:
         parts.append(render(findings.rows))
     if findings.missing:
-        parts.append(
-            "\n".join(["no figure:", *(f"  {name}: {_first_line(reason)}" for name, reason in findings.missing.items())])
-        )
+        parts.append("\n".join(["no figure:", *(f"  {name}: {_gist(reason)}" for name, reason in findings.missing.items())]))
     if findings.broken:
         parts.append("\n".join(["broken:", *(f"  {name}: {_last_line(reason)}" for name, reason in findings.broken.items())]))
     if findings.tests:
         lines = ["tests:"]
         for group in findings.tests:
             lines.append(f"  {group.line()}")
-            lines += [f"    {test}: {_first_line(message)}" for test, message in group.problems]
+            lines += [f"    {test}: {_gist(message)}" for test, message in group.problems]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -86,8 +84,10 @@ def slug(gpu: Mapping[str, Any]) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", str(gpu["name"]).lower()))
 
 
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
+def _gist(text: str) -> str:
+    """What it begins with and what it comes to."""
+    first, _, rest = text.strip().partition("\n")
+    return f"{first} ... {_last_line(rest)}" if rest.strip() else first
 
 
 def _last_line(text: str) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tests.tools.gpu_check.rigs import LOADS
 from tools.bench.rows import make_row
 from tools.gpu_check.budget import Budget
 from tools.gpu_check.child import run_parts
+from tools.gpu_check.figures.rig import Loads
 from tools.gpu_check.findings import Findings
 from tools.gpu_check.found import Found, Limits, Missing
 from tools.gpu_check.order import Order
@@ -66,6 +69,12 @@ def test_a_rig_that_cannot_be_opened_breaks_all() -> None:
 def test_an_order_survives_the_way() -> None:
     order = Order(opener="a:b", parts=["it"], folder="f", loads={"rounds": 3}, limits={"flop_per_s": 1.0}, seconds=2.5)
     assert Order.from_json(order.to_json()) == order
+
+
+def test_loads_survive_it_too() -> None:
+    """Pairs are pairs again: they are keys of caches."""
+    order = Order(opener="", parts=[], loads=asdict(LOADS))
+    assert Loads.from_json(Order.from_json(order.to_json()).loads) == LOADS
 
 
 def test_a_process_measures_its_parts_and_ends(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_everything_is_in_the_json() -> None:
 def test_the_table_has_what_is_missing_below_it() -> None:
     text = report.as_text(findings())
     assert "SHORT" in text
-    assert "  a figure: nobody has it\n" in text
+    assert "  a figure: nobody has it ... for long\n" in text
     assert "  vision: ValueError: not today" in text
     assert "  gpu: 5 passed, 1 failed, 0 errors, 2 skipped in 12 s" in text
     assert "    tests/x.py::test_y: assert 1 == 2" in text

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ class Loads:
     max_model_len: int = 32_768
     reserve_bytes: int = 10 << 30  # of the device's memory, for steps and libraries, beside weights and KV
     rounds: int = 9
+
+    @classmethod
+    def from_json(cls, changed: Mapping[str, Any]) -> Loads:
+        """With what an order changes."""
+        return cls(**{name: _tuples(value) for name, value in changed.items()})
 
 
 @dataclass
@@ -145,6 +151,10 @@ class Rig:
         self._models.clear()
         self._weights = self._kv = None
         self.backend.close()
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def fill_random(values: Tensor) -> None:
