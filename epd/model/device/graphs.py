@@ -17,12 +17,12 @@ from epd.model.device.work_queue import WorkQueue
 class GraphOptions:
     """Which steps run from graphs.
 
-    A capture takes about the time of two steps and their launches. So the small batches' are made at start (whoever starts a
-    server soon sends one request), and the others when a step first needs them, which costs that step its capture.
+    A capture takes about the time of two steps and their launches. What is not captured at start is captured when a step first
+    needs it, which all requests of that step wait for: so only batches that few servers reach are left for then.
     """
 
     max_batch: int = 512  # larger steps are launched kernel by kernel; 0: all are
-    captured_at_start: tuple[int, ...] = (1, 2, 4, 8)  # batch sizes, of those that there are
+    captured_at_start: int = 256  # batch sizes up to this
 
 
 class Graphs:
@@ -33,7 +33,7 @@ class Graphs:
     ) -> None:
         """`work_of(batch)` makes what `WorkQueue.capture` is to capture for so many rows. No batch exceeds `largest`."""
         self.buckets = batch_buckets(min(options.max_batch, largest))
-        self.at_start = tuple(batch for batch in self.buckets if batch in options.captured_at_start)
+        self.at_start = tuple(batch for batch in self.buckets if batch <= options.captured_at_start)
         self._queue = queue
         self._work_of = work_of
         self._replays: dict[int, Callable[[], None]] = {}

@@ -91,7 +91,7 @@ def test_steps_may_be_given_to_a_device_that_has_done_none_of_them(model_of: Mod
     model = model_of("vl-deepstack2-tied")
     queue = LaggingQueue(is_late=False)
     here = Target(torch.device("cpu"), torch.float32, TorchKernels())
-    engine = DeviceEngine(model, here, queue=queue, block_size=8, graphs=GraphOptions(captured_at_start=(1, 2, 4)))
+    engine = DeviceEngine(model, here, queue=queue, block_size=8, graphs=GraphOptions(captured_at_start=4))
     engine.device_runner.prepare()
     running = [engine.sequence(model.prompt(seed, length=3 + 5 * seed), num_tokens=4) for seed in range(3)]
     prompts = [replace(each.step(10_000), request_id=RequestId(str(i))) for i, each in enumerate(running)]
@@ -166,14 +166,14 @@ def test_a_smaller_batch_after_a_larger_one_is_padded_again(model_of: ModelOf, o
 
 def test_what_is_captured_at_start_and_what_when_needed(model_of: ModelOf, open_engine: OpenEngine) -> None:
     model = model_of("qwen3-mha-bias")
-    engine = open_engine(model, block_size=1, num_blocks=1024, graphs=GraphOptions(captured_at_start=(1, 4, 1000)))
+    engine = open_engine(model, block_size=1, num_blocks=1024, graphs=GraphOptions(captured_at_start=1))
     engine.device_runner.prepare()
-    assert engine.device_runner.captured == {1, 4}
+    assert engine.device_runner.captured == {1}
     running = [engine.sequence(model.prompt(seed, length=6), num_tokens=6) for seed in range(2)]
     for each in running:
         each.take(engine.execute([each.step(10_000)])[0])
     _step(engine, running)
-    assert engine.device_runner.captured == {1, 2, 4}
+    assert engine.device_runner.captured == {1, 2}
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40])
