@@ -45,7 +45,7 @@ def test_without_graphs_there_is_no_bucket() -> None:
 
 
 def test_no_rows_need_no_graph() -> None:
-    graphs = Graphs(HostQueue(), _nothing, GraphOptions(), 6)
+    graphs = Graphs(HostQueue(), _nothing, GraphOptions(captured_at_start=4), 6)
     assert graphs.bucket_of(0) is None
     assert graphs.at_start == (1, 2, 4)
 
