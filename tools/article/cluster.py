@@ -80,7 +80,7 @@ async def running(
     topology: Topology, *, model: Path, profile: str, slow: float = 1.0, beat_s: float = 0.0, options: Sequence[str] = ()
 ) -> AsyncIterator[Running]:
     """A gateway and the topology's workers; nothing of them is left on leaving. With `beat_s`, the devices' steps begin at
-    moments that are known (epd.emulated.device), each worker's as far after the one's before as there are workers in a beat.
+    moments that are known (epd.emulated.device): worker i's, i of as many parts of a beat as there are workers after it.
 
     Raises:
         ServerFailed: one of them ended, or they were not ready in time.
@@ -103,7 +103,10 @@ async def running(
     beats = [f"&beat={beat_s:g}&phase={beat_s * number / len(topology.workers):.6f}" for number in range(len(topology.workers))]
     gateway = ("--roles", "gateway", "--port", str(port), "--cluster-port", str(cluster_port), "--placement", topology.placement)
     join = ("--join", f"127.0.0.1:{cluster_port}")
-    workers = [("--roles", roles, *join, "--device", device + beat) for roles, beat in zip(topology.workers, beats, strict=True)]
+    workers = [
+        ("--roles", roles, *join, "--worker", f"worker-{number}", "--device", device + beats[number])
+        for number, roles in enumerate(topology.workers)
+    ]
     commands = [gateway, *workers]
     url = f"http://127.0.0.1:{port}"
     began = asyncio.get_running_loop().time()

@@ -34,13 +34,14 @@ from tools.geometry import qwen3_vl_8b
 from tools.loadgen.client import Client, open_session
 from tools.loadgen.lengths import Lengths
 from tools.loadgen.load import Run, run_closed_loop
-from tools.loadgen.stream import OK
+from tools.loadgen.stream import OK, Record
 from tools.loadgen.workload import WorkloadSpec, draw_chat
 
 STEP_S = 0.1
 _POINTS = {2: (1000,), 8: (10, 100, 1000), 24: (1000,)}  # decode workers -> numbers of streams
-_NUM_TOKENS = 120
-_RAMP_S = 4.0
+_NUM_TOKENS = 160
+_RAMP_S = 4.0  # over which the streams begin
+_SETTLE_S = 4.0
 _PROFILE = Profile(
     device="a device with steps of 100 ms",
     provenance="roofline",
@@ -55,7 +56,7 @@ _PROFILE = Profile(
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """So many streams over so many workers. CPU seconds are those of the stretch in which all streams were open."""
+    """So many streams over so many decode workers. CPU seconds are those of the stretch in which all streams were open."""
 
     streams: int
     workers: int
@@ -97,14 +98,16 @@ def rows(points: Sequence[Point]) -> list[Row]:
     return found
 
 
-def added(times: npt.NDArray[np.float64], phases: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """By how much tokens came after the steps that drew them. `times`: of one stream, all from one worker, which is the one with
-    the latest phase that its quickest token may have come of.
+def added(times: npt.NDArray[np.float64], phase_s: float) -> npt.NDArray[np.float64]:
+    """By how much a stream's tokens came after the steps that drew them.
+
+    Args:
+        times: when they came, one every step. The quickest of them took less than a step.
+        phase_s: steps of its worker end so long after multiples of a step.
     """
-    offsets = np.mod(times[:, None] - phases[None, :], STEP_S)  # [tokens, workers]
-    # A worker's own tokens never come before their time; of the workers for which they all stay on one side, the nearest.
-    best = int(np.argmin(np.percentile(offsets, 2, axis=0) + (np.ptp(offsets, axis=0) > 0.9 * STEP_S)))
-    found: npt.NDArray[np.float64] = offsets[:, best]
+    since = times - STEP_S * np.arange(len(times))  # as if all had come of one step
+    due = phase_s + np.floor((since.min() - phase_s) / STEP_S) * STEP_S
+    found: npt.NDArray[np.float64] = since - due
     return found
 
 
@@ -132,7 +135,7 @@ async def _measure(cluster: Running, streams: int, workers: int) -> Point:
         ignore_eos=True,
     )
     async with open_session() as session:
-        client = Client(session, f"{cluster.url}/v1", timeout_s=300.0, clock=time.monotonic, keeps_text=False)
+        client = Client(session, f"{cluster.url}/v1", timeout_s=300.0, clock=time.monotonic, keeps_text=False, timeline_share=1.0)
         task = asyncio.create_task(
             run_closed_loop(
                 client,
@@ -143,12 +146,18 @@ async def _measure(cluster: Running, streams: int, workers: int) -> Point:
                 stagger_s=_RAMP_S / streams,
             )
         )
-        await asyncio.sleep(_RAMP_S + 2.0)
+        await asyncio.sleep(_RAMP_S + _SETTLE_S)
         before = await _look(cluster, session)
-        await asyncio.sleep(_NUM_TOKENS * STEP_S - _RAMP_S - 3.0)
+        await asyncio.sleep(_NUM_TOKENS * STEP_S - _RAMP_S - _SETTLE_S - 1.0)  # until just before the first of them ends
         after = await _look(cluster, session)
         measured = await task
     return _point(measured, before, after, streams, workers, cluster.started_s)
+
+
+def _phase_s(record: Record, workers: int) -> float:
+    """Of the decode worker that the stream came from, by the server's own account; the prefill worker has the number 0."""
+    worker = next(span["worker"] for span in record.spans if span["stage"] == "decode")
+    return int(worker.rpartition("-")[2]) * STEP_S / (workers + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +185,13 @@ def _point(measured: Run, before: _Look, after: _Look, streams: int, workers: in
     bad = [record for record in measured.records if record.outcome != OK]
     if bad:
         raise RuntimeError(f"{len(bad)} of {len(measured.records)} streams failed: {bad[0].reason} {bad[0].detail}")
-    phases = np.arange(1, workers + 1) * STEP_S / (workers + 1)
     found, tokens = [], 0
     for record in measured.records:
-        times = np.asarray(record.piece_times_s)
-        here = times[(times >= before.at_s) & (times <= after.at_s)]
-        tokens += len(here)
-        found.append(added(here, phases))
+        times = np.asarray(record.piece_times_s)[1:]  # the first token is prefill's
+        here = (times >= before.at_s) & (times <= after.at_s)
+        tokens += int(here.sum())
+        if len(times) == _NUM_TOKENS - 1:  # else two came as one, and which are which is not known
+            found.append(added(times, _phase_s(record, workers))[here])
     gateway, all_workers, client = (late - early for early, late in zip(before.cpu_s, after.cpu_s, strict=True))
     busy = after.busy_s - before.busy_s
     return Point(
