@@ -24,7 +24,7 @@ from gpu.stream import Stream
 from protocol.messages import RequestId, Sampling, Token
 
 STEPS_IN_FLIGHT = 2
-_UNCOUNTED = 8  # steps at the start: the first captures a graph
+_UNCOUNTED = 8  # steps at the start, until two are always in flight
 _TIMEOUT_S = 120.0
 
 
@@ -36,7 +36,6 @@ class Pace:
     device_s: float  # of it between the step's first launch and its last, on the device: the median
     idle_share: float  # of all the time, what the device had no step
     mean_context: float
-    first_step_s: float  # of a batch of this size: with its capture
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,8 @@ def run_decode(
 async def _steps(scheduler: DecodeScheduler, runner: TextRunner, stream: Stream, tables: _Tables, load: DecodeLoad) -> Pace:
     woken = asyncio.Event()
     flights: Flights[DecodePlan] = Flights(stream, runner, wake=woken.set, clock=time.perf_counter)
-    started, ends, on_device = time.perf_counter(), [], []
+    ends: list[float] = []
+    on_device: list[float] = []
     async with asyncio.timeout(_TIMEOUT_S):
         while scheduler.num_running or len(flights):
             woken.clear()
@@ -100,7 +100,6 @@ async def _steps(scheduler: DecodeScheduler, runner: TextRunner, stream: Stream,
         device_s=statistics.median(on_device[counted]),
         idle_share=max(0.0, 1 - sum(on_device[counted]) / whole_s),
         mean_context=load.context - (load.num_steps - 1) / 2,
-        first_step_s=ends[0] - started,
     )
 
 
