@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 
+from epd.clock import Clock, monotonic
 from epd.errors import InternalError
 from epd.microkernel.actor import Actor, Mail
 
@@ -16,8 +17,10 @@ _KEPT = 300  # beats: half a minute
 class Pulse(Actor):
     """One per process."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = monotonic, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         super().__init__()
+        self._clock = clock
+        self._sleep = sleep
         self._lags: deque[float] = deque(maxlen=_KEPT)
 
     async def started(self) -> None:
@@ -34,6 +37,6 @@ class Pulse(Actor):
 
     async def _beat(self) -> None:
         while True:
-            before = time.monotonic()
-            await asyncio.sleep(PERIOD_S)
-            self._lags.append(max(0.0, time.monotonic() - before - PERIOD_S))
+            before = self._clock()
+            await self._sleep(PERIOD_S)
+            self._lags.append(max(0.0, self._clock() - before - PERIOD_S))

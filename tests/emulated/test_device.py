@@ -97,3 +97,15 @@ def test_closing_fails_what_waits() -> None:
     assert waiting.done.done()
     with pytest.raises(InternalError, match="closed"):
         device.launch(_tokens())
+
+
+def test_work_that_finds_a_device_with_a_beat_idle_begins_on_it() -> None:
+    clock = StepClock()
+    device = EmulatedDevice(PROFILE, clock=clock, beat_s=0.5, phase_s=0.2)
+    try:
+        device.launch(_tokens()).done.result(20)  # at 100.0
+        device.launch(_tokens()).done.result(20)  # at once after it
+    finally:
+        device.close()
+    assert clock.slept_until == pytest.approx([100.21, 100.22])
+    assert device.busy_s == pytest.approx(0.02)

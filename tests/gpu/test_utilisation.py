@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from gpu import utilisation
 from gpu.cuda.nvml import NvmlMeter, open_device_meter
 from gpu.utilisation import DeviceUsage, Meter, open_meter
 
@@ -62,7 +64,28 @@ def test_a_process_knows_its_time_and_memory() -> None:
     assert after.rss_bytes - before.rss_bytes > 32 * 2**20
     assert len(held)
     assert after.device is None
+    assert after.host_busy is None or 0.0 <= after.host_busy <= 1.0
     meter.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "busy"),
+    [("cpu  10 0 10 70 10 0 0 0 0 0", "cpu  40 0 40 90 30 0 0 0 0 0", 0.6), ("cpu  1 0 0 0 0 0 0 0 0 0",) * 2 + (None,)],
+)
+def test_how_busy_the_host_is(
+    before: str, after: str, busy: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text(f"{before}\ncpu0 1 2 3\n")
+    monkeypatch.setattr(utilisation, "_STAT", stat)
+    meter = Meter()
+    stat.write_text(f"{after}\ncpu0 1 2 3\n")
+    assert meter.read().host_busy == (busy if busy is None else pytest.approx(busy))
+
+
+def test_a_host_that_tells_nothing_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utilisation, "_STAT", tmp_path / "nothing")
+    assert Meter().read().host_busy is None
 
 
 def test_a_device_is_read_through_the_driver() -> None:

@@ -28,6 +28,7 @@ def main() -> None:
     real.add_argument("--device", default="cpu", help="as epd serve takes it")
     real.add_argument("--model", default=str(BUNDLED_MODEL), help="folder, hub id, or qwen3-vl-8b: random weights")
     real.add_argument("--num-threads", type=int, default=1)
+    real.add_argument("--best-of", type=int, default=1, metavar="N", help="measure so often, keep the quickest: for a busy host")
     real.add_argument("--output", type=Path, required=True)
     paper = kinds.add_parser("roofline", help="from data sheets; marked as such")
     paper.add_argument("--chip", choices=sorted(CHIPS), default="h200")
@@ -54,12 +55,16 @@ def _measure(args: argparse.Namespace) -> Profile:
     try:
         machine = describe_machine()
         source = f"{machine['cpu']}, {args.num_threads} threads, torch {machine['packages']['torch']}, {datetime.date.today()}"
-        fit = measure(parts, device=args.device, source=source)
+        fits = [measure(parts, device=args.device, source=source) for _ in range(max(1, args.best_of))]
     finally:
         parts.close()
+    fit = min(fits, key=lambda each: sum(seconds for _, seconds in each.profile.text.rows))
+    profile = fit.profile
+    if len(fits) > 1:
+        profile = msgspec.structs.replace(profile, source=f"{profile.source}, the quickest of {len(fits)} measurements")
     for name, predicted, measured in fit.checks:
         print(f"  {name}: predicted {1e3 * predicted:.2f} ms, measured {1e3 * measured:.2f} ms ({predicted / measured - 1:+.0%})")
-    return fit.profile
+    return profile
 
 
 if __name__ == "__main__":
