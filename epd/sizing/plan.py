@@ -9,7 +9,7 @@ from epd.errors import BadConfig
 from epd.sizing.predict import Model, Prediction, Predictor, Split, highest_rate, sessions_at
 
 _BRUTE_FORCE = 24  # devices up to which every split is looked at
-GATEWAY_US_PER_TOKEN = 70.0  # CPU time of the gateway; measured, see docs/sizing.md
+GATEWAY_US_PER_TOKEN = 50.0  # CPU time of the gateway, measured with 1,000 streams: docs/sizing.md
 GATEWAY_US_PER_REQUEST = 3500.0
 
 
