@@ -31,6 +31,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _CLOSE_S = 1.0  # for connections that are idle when the server stops
 _log = Log("http")
+_BACKLOG = 4096  # connections that wait to be accepted: a burst of clients must not be reset while the loop is busy
 
 
 class HttpServer:
@@ -72,7 +73,7 @@ class HttpServer:
         )
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, self._config.host, self._config.port).start()
+            await web.TCPSite(self._runner, self._config.host, self._config.port, backlog=_BACKLOG).start()
         except OSError as error:
             await self.stop()
             raise BadConfig(f"cannot listen on {self._config.host}:{self._config.port}: {error.strerror or error}") from error
