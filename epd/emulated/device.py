@@ -33,7 +33,7 @@ class Sharing(StrEnum):
 _ORDER = ("encode", "prefill", "decode")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Work:
     """What one stage asks of the device."""
 
