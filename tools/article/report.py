@@ -12,8 +12,8 @@ from epd.sizing.render import provenance
 from tools.article.cell import Cell
 
 _HEADER = ("workload", "topology", "TTFT mean / p50 / p99", "ITL p99", "req/s", "utilisation", "sessions at SLO")
-_RATIOS = ("workload", "epd", "against", "TTFT", "req/s", "utilisation", "sessions")
-ARTICLE = ("the article", "E, P, D apart", "one colocated service", "3.1x", "2.3x", "65 -> 89 %", "2.7x")
+_RATIOS = ("workload", "epd", "against", "TTFT", "req/s", "utilisation", "sessions", "ITL p99")
+ARTICLE = ("the article", "E, P, D apart", "one colocated service", "3.1x", "2.3x", "65 -> 89 %", "2.7x", "-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,7 @@ def ratio_table(setting: Setting, results: Sequence[Result]) -> str:
                         ratio(new.requests_per_s, old.requests_per_s),
                         f"{100 * min(1.0, old.utilisation):.0f} -> {100 * min(1.0, new.utilisation):.0f} %",
                         ratio(new.sessions, old.sessions, at_least=new.is_open, at_most=old.is_open),
+                        ratio(old.itl_p99_s, new.itl_p99_s),
                     )
                 )
     header = (f"workload ({setting.mark})" if setting.mark else "workload", *_RATIOS[1:])

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -62,7 +63,7 @@ def measure(parts: StageParts, *, device: str, source: str) -> Fit:
         source=source,
         memory_bytes=parts.stack.backend.memory_budget(),
         model=Model(
-            name=parts.config.served_model_name or parts.config.model,
+            name=parts.config.served_model_name or Path(parts.config.model).name,
             kv_token_bytes=parts.sizes.kv_block_bytes // parts.config.engine.block_size,
             embedding_row_bytes=config.embedding_width * dtype_bytes,
             weight_bytes=count_numbers(text_shapes(config)) * dtype_bytes,
