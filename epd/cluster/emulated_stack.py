@@ -24,12 +24,12 @@ _EMBEDDING_SHARE = 1 / 16  # of the memory that weights leave
 
 
 class EmulatedStack:
-    steps_in_flight = 2
     embedding_width = 1
 
     def __init__(self, config: ServeConfig, model: ModelConfig) -> None:
         path, sharing, factor, beat_s, phase_s = _read(config.device)
         self._profile = profile = slowed(load_profile(path), factor) if factor != 1.0 else load_profile(path)
+        self.steps_in_flight = 1 if profile.device == "cpu" else 2  # as the device has it that is emulated
         self._config = config
         self._model = model
         self._device = EmulatedDevice(profile, sharing, beat_s=beat_s, phase_s=phase_s)

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec = WorkloadSpec(
         model="tiny",
         mix=parse_mix(args.mix),
-        prompt_words=Lengths(100, 200),
+        prompt_words=Lengths(300, 600),
         output_tokens=Lengths(args.output_tokens, args.output_tokens),
         ignore_eos=True,
     )

@@ -196,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", default="h200-qwen3-vl-8b", help="file or name")
     parser.add_argument("--load", type=float, default=0.6, help="share of the predicted capacity at which latencies are compared")
     parser.add_argument("--crowd", type=float, default=1.5, help="users, over each workload's number, that fill the service")
-    parser.add_argument("--seconds", type=float, default=24.0, help="of each run")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each run")
     parser.add_argument("--slow", type=float, default=2.0, help="devices take so many times as long")
     parser.add_argument("--cases", default="", help=f"numbers, as in 0,2 (all: 0 to {len(CASES) - 1})")
     parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/<date>-plan-<machine>.json)")
