@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=4, help="decode workers")
     parser.add_argument("--streams", default="1,8,32", help="on each worker, one number after another")
     parser.add_argument("--prompt-tokens", type=int, default=500, help="of each stream")
-    parser.add_argument("--output-tokens", type=int, default=400, help="of each stream")
+    parser.add_argument("--output-tokens", type=int, default=1200, help="of each stream")
     parser.add_argument("--slow", type=float, default=1.0, help="devices take so many times as long")
     return parser
 
