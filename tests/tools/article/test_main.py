@@ -15,9 +15,9 @@ from tools.article.__main__ import main
 
 def test_a_small_experiment_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     profile = tmp_path / "device.json"
-    text = TextCosts(rows=((1, 0.002), (1000, 0.020)), pair_s=0.0, context_s=0.0)
+    language = TextCosts(rows=((1, 0.002), (1000, 0.020)), pair_s=0.0, context_s=0.0)
     vision = VisionCosts(patches=((0, 0.0), (10_000, 0.050)), pair_s=0.0, preprocess=((0, 0.0), (10_000, 0.010)))
-    quick = msgspec.structs.replace(PROFILE, memory_bytes=8 << 30, text=text, vision=vision)
+    quick = msgspec.structs.replace(PROFILE, memory_bytes=8 << 30, text=language, vision=vision)
     profile.write_bytes(msgspec.json.encode(quick))
     out = tmp_path / "results" / "run.json"
     words = ["--profile", str(profile), "--devices", "3", "--ratios", "1:1:1", "--workloads", "1 image", "--users", "4"]
