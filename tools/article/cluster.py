@@ -21,7 +21,6 @@ from tools.servers import ServerFailed, free_port, thread_environment
 _POLL_S = 0.1
 _START_S = 120.0
 _STOP_S = 10.0
-_IMAGES_ONE_BY_ONE = ("--max-patches", "8192")  # one of 1080p fills a GPU; a step of several only makes the first ones wait
 ALL_STAGES = "encode,prefill,decode"
 # What a benchmark must not run into; nothing that makes anything faster.
 _ROOM = ("--max-requests", "100000", "--max-prompt-tokens", "1000000000", "--request-timeout-s", "3600", "--lease-s", "300")
@@ -50,13 +49,13 @@ def traditional(devices: int) -> Topology:
 
 def strong(devices: int) -> Topology:
     """Prompt chunks of 512 tokens beside decode in one step."""
-    options = ("--token-budget", "512", "--max-chunk-tokens", "512", *_IMAGES_ONE_BY_ONE)
+    options = ("--token-budget", "512", "--max-chunk-tokens", "512")
     return Topology("colocated, chunked", (ALL_STAGES,) * devices, "fused", options, "together")
 
 
 def apart(encode: int, prefill: int, decode: int) -> Topology:
     workers = ("encode",) * encode + ("prefill",) * prefill + ("decode",) * decode
-    options = ("--token-budget", "2048", "--max-chunk-tokens", "2048", *_IMAGES_ONE_BY_ONE)
+    options = ("--token-budget", "2048", "--max-chunk-tokens", "2048")
     return Topology(f"epd {encode}:{prefill}:{decode}", workers, options=options)
 
 
