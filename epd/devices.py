@@ -25,8 +25,8 @@ class StepLimits:
     max_patches: int
 
 
-# A processor is busy with little; a GPU needs thousands of rows to be. A 1080p image is 8,160 patches: with more of them in a step,
-# the first of a request waits for all, and prefill for it.
+# A processor is busy with little; a GPU needs thousands of rows to be. A 1080p image is 8,160 patches: with more of them in a
+# step, the first of a request waits for all, and prefill for it.
 _ON_CPU = StepLimits(token_budget=2048, max_chunk_tokens=512, max_running=64, max_patches=16_384)
 _ON_GPU = StepLimits(token_budget=8192, max_chunk_tokens=2048, max_running=256, max_patches=8192)
 
