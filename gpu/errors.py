@@ -50,4 +50,4 @@ class StreamClosed(GpuError):
 
 
 class DeviceFailed(GpuError):
-    """The device stopped on an error. Its context is lost, and with it all device memory of this process, which has to start anew."""
+    """The device stopped on an error. Its context is lost, and all device memory of this process, which has to start anew."""
