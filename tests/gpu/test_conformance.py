@@ -262,8 +262,10 @@ class TestMapped:
     @pytest.mark.parametrize("field", ["generation", "layout", "num_blocks", "block_bytes", "memory", "handle"])
     def test_an_export_that_is_off_by_anything_is_refused(self, device: Device, field: str) -> None:
         export = device.pool(6, 4096, of=device.peer).export()
-        # The last byte: the first may be of a process number, and the next one may be a thread of the very process.
-        off: dict[str, Any] = {"memory": "paper", "handle": export.handle[:-1] + bytes([export.handle[-1] ^ 1])}
+        # Of a memfd the inode, which is last: the number next to a process may be one of its threads. Of a device the host.
+        handle = bytearray(export.handle)
+        handle[-1 if export.memory == "memfd" else 0] ^= 1
+        off: dict[str, Any] = {"memory": "paper", "handle": bytes(handle)}
         wrong = dataclasses.replace(export, **{field: off.get(field) or getattr(export, field) + 1})
         with pytest.raises(CannotMap):
             device.backend.map_pool(wrong)
