@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba.cuda.simulator.kernelapi import FakeCUDAShared
 from torch import Tensor
 
 WARP = 8  # enough to show what goes wrong between threads; the time that a launch takes grows with it
@@ -189,3 +191,20 @@ def _extent(tensor: Tensor) -> int:
     return (
         1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
     )
+
+
+_making_shared = threading.Lock()
+
+
+def _shared_array(self: Any, shape: Any, dtype: Any) -> npt.NDArray[Any]:
+    """The simulator's own, one thread at a time: two that come to an array at once would each make one, and lose the other's."""
+    caller = sys._getframe(1)
+    place = (caller.f_code.co_filename, caller.f_lineno)
+    with _making_shared:
+        if place not in self._allocations:
+            self._allocations[place] = np.empty(shape, dtype)
+        found: npt.NDArray[Any] = self._allocations[place]
+        return found
+
+
+FakeCUDAShared.array = _shared_array
