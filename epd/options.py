@@ -93,6 +93,12 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
+    """The options that every process of a cluster takes."""
+    for add in (_add_model, _add_http, _add_link, _add_sizes, _add_limits, _add_observation):
+        add(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", default=str(BUNDLED_MODEL), metavar="PATH_OR_HUB_ID", help="checkpoint folder or hub id")
     model.add_argument("--served-model-name", default="", help="name in the API; the folder's or the hub id's by default")
@@ -109,6 +115,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--num-threads", type=int, default=1, help="compute threads of each stage worker")
     model.add_argument("--max-model-len", type=int, default=0, help="longest prompt plus output; 0: what model and pool allow")
 
+
+def _add_http(parser: argparse.ArgumentParser) -> None:
     http = parser.add_argument_group("endpoint")
     http.add_argument("--host", default="127.0.0.1", help="address of the HTTP endpoint")
     http.add_argument("--port", type=int, default=DEFAULT_PORT, help="port of the HTTP endpoint; 0: any free one")
@@ -118,6 +126,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     http.add_argument("--max-images", type=int, default=16, help="images per request")
     http.add_argument("--max-image-pixels", type=int, default=64_000_000, help="pixels per image as sent")
 
+
+def _add_link(parser: argparse.ArgumentParser) -> None:
     link = parser.add_argument_group("cluster")
     link.add_argument("--cluster-host", default="127.0.0.1", help="address to listen on for other workers")
     link.add_argument(
@@ -136,6 +146,15 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--transfer", choices=("auto", "mapped", "socket"), default="auto", help="best way for KV and embeddings to move"
     )
 
+    link.add_argument(
+        "--placement",
+        choices=("apart", "together"),
+        default="apart",
+        help="apart: each stage of a request where it is done first; together: all on one worker, as far as that has the stages",
+    )
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--block-size", type=int, default=16, help="tokens of one KV block")
     sizes.add_argument("--kv-mib", type=float, default=0.0, help="KV pool of each worker; 0: from free memory and model")
@@ -146,13 +165,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--max-patches", type=int, default=0, help="image patches of one encode step; 0: what suits the device")
     sizes.add_argument("--lease-s", type=float, default=30.0, help="how long a handle to unfetched bytes is kept")
 
-    link.add_argument(
-        "--placement",
-        choices=("apart", "together"),
-        default="apart",
-        help="apart: each stage of a request where it is done first; together: all on one worker, as far as that has the stages",
-    )
 
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-requests", type=int, default=256, help="requests at once; more are refused with 429")
     limits.add_argument(
@@ -164,6 +178,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     limits.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
 
+
+def _add_observation(parser: argparse.ArgumentParser) -> None:
     observe = parser.add_argument_group("observation")
     observe.add_argument("--slo-ttft-s", type=float, default=2.0, help="time to first token that counts as good")
     observe.add_argument("--slo-tpot-s", type=float, default=0.2, help="mean time per further output token that counts as good")

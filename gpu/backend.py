@@ -1,4 +1,4 @@
-"""The seam between the product and a device: memory, streams and copies. `open_backend` is the only way to one.
+"""The seam between the product and a device: memory, streams and copies.
 
 A backend is complete: whatever is here works on each of them, held by the same tests.
 """

@@ -131,7 +131,7 @@ class EmulatedScratch(HostScratch):
     def landing(self, block_ids: Sequence[int]) -> HostLanding:
         return _SlowLanding(self.blocks, block_ids, self._times.seconds("embedding", len(block_ids)))
 
-    def rows(self, width: int) -> npt.NDArray[np.uint64]:  # type: ignore[override]
+    def rows(self, width: int) -> npt.NDArray[np.uint64]:
         """Rows hold `width` words, whatever dtype they stand for."""
         return self.blocks.view(np.uint64).reshape(-1, width)
 

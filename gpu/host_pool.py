@@ -12,14 +12,14 @@ import os
 import secrets
 import struct
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from gpu.errors import BrokenPool, CannotMap, ChecksumMismatch, LayoutMismatch, OutOfMemory, PoolClosed
 from gpu.memory import Bytes, SharedMemory, available_bytes, map_shared
-from gpu.pool import Blocks, PoolExport, PoolSpec, check_copy
+from gpu.pool import Blocks, PoolExport, PoolSpec, check_copy, check_ids
 
 Ids = npt.NDArray[np.int64]
 
@@ -194,7 +194,7 @@ class HostScratch:
     def landing(self, block_ids: Sequence[int]) -> HostLanding:
         return HostLanding(self.blocks, block_ids, self._mover)
 
-    def rows(self, width: int) -> npt.NDArray[np.float32]:
+    def rows(self, width: int) -> npt.NDArray[Any]:
         return self.blocks.view(np.float32).reshape(-1, width)
 
 
@@ -245,14 +245,6 @@ def _copy_from(
         raise LayoutMismatch(f"{type(src).__name__} is not host memory")
     sums = np.asarray(checksums, dtype=np.uint64)
     return mover.copy_checked(src.blocks, check_ids(src_ids, src.num_blocks), dst, np.asarray(dst_ids, dtype=np.int64), sums)
-
-
-def check_ids(block_ids: Sequence[int], num_blocks: int) -> npt.NDArray[np.int64]:
-    """The ids as an array. Raises IndexError when one is outside of [0, num_blocks)."""
-    ids = np.asarray(block_ids, dtype=np.int64)
-    if len(ids) and (ids.min() < 0 or ids.max() >= num_blocks):
-        raise IndexError(f"block ids {ids.min()}..{ids.max()} are not all inside a pool of {num_blocks} blocks")
-    return ids
 
 
 def _blocks_of(memory: Bytes, num_blocks: int, block_bytes: int) -> Bytes:

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from gpu.deferred import Now
 from gpu.errors import LayoutMismatch
 
@@ -125,3 +128,11 @@ def check_copy(src: Blocks, dst: Destination, src_ids: Sequence[int], dst_ids: S
         raise LayoutMismatch(f"blocks of {src.block_bytes} bytes cannot go where blocks of {dst.block_bytes} lie")
     if not len(src_ids) == len(dst_ids) == len(checksums):
         raise ValueError("a copy needs as many destinations and checksums as sources")
+
+
+def check_ids(block_ids: Sequence[int], num_blocks: int) -> npt.NDArray[np.int64]:
+    """The ids as an array. Raises IndexError when one is outside of [0, num_blocks)."""
+    ids = np.asarray(block_ids, dtype=np.int64)
+    if len(ids) and (ids.min() < 0 or ids.max() >= num_blocks):
+        raise IndexError(f"block ids {ids.min()}..{ids.max()} are not all inside a pool of {num_blocks} blocks")
+    return ids

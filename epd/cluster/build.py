@@ -49,7 +49,6 @@ class StageParts:
     streams: dict[str, Stream] = field(default_factory=dict)  # by stage
     kv_memory: Pool | None = None
     embedding_memory: Pool | None = None
-    local_pools: list[Pool] = field(default_factory=list)
 
     def actors(self, system: System, clock: Clock) -> list[StageActor]:
         """The stage actors of this process, in the order in which a request meets them."""

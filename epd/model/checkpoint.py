@@ -11,6 +11,7 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,12 +93,12 @@ def _map_shard(path: Path) -> Mapping[str, Entry]:
         raise BadCheckpoint(f"{path} has a broken safetensors header: {error}") from error
 
 
-def _entry(mapped: mmap.mmap, start: int, path: Path, name: str, fields: dict[str, object]) -> Entry:
+def _entry(mapped: mmap.mmap, start: int, path: Path, name: str, fields: dict[str, Any]) -> Entry:
     dtype = _DTYPES.get(str(fields["dtype"]))
     if dtype is None:
         raise BadCheckpoint(f"{path}: {name} is {fields['dtype']}; only {', '.join(_DTYPES)} are supported")
-    shape = tuple(int(n) for n in fields["shape"])  # type: ignore[attr-defined]
-    begin, end = (int(n) for n in fields["data_offsets"])  # type: ignore[attr-defined]
+    shape = tuple(int(n) for n in fields["shape"])
+    begin, end = (int(n) for n in fields["data_offsets"])
     num_bytes = math.prod(shape) * dtype.itemsize
     if not 0 <= begin <= end or end - begin != num_bytes:
         raise BadCheckpoint(f"{path}: {name} has {end - begin} bytes of data for a shape that takes {num_bytes}")

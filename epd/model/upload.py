@@ -180,7 +180,7 @@ class _CudaWay:
     """To a GPU: one stream, on which a piece is copied, then converted from the device's own staging buffer."""
 
     def __init__(self, device: torch.device, staging_bytes: int) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))  # whatever used the targets' memory before
         self._staging = torch.empty(staging_bytes, dtype=torch.uint8, device=device)
         self._lock = threading.Lock()
@@ -195,7 +195,7 @@ class _CudaWay:
                     arrived = self._staging[: len(source)]
                     arrived.copy_(source, non_blocking=True)
                     piece.target.copy_(arrived.view(piece.dtype))
-            staging.taken = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            staging.taken = torch.cuda.Event()
             staging.taken.record(self._stream)
 
     def finish(self) -> None:

@@ -51,7 +51,7 @@ def _table(services: list[Service]) -> list[str]:
     header = ("", "devices", "TTFT mean", "TTFT p90", "ITL", "batch", "busy", "highest req/s", "sessions")
     rows = [header, *(_cells(service) for service in services)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return ["  ".join(cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]  # fmt: skip # noqa: E501
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 def _cells(service: Service) -> tuple[str, ...]:

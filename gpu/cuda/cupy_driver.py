@@ -192,7 +192,7 @@ class CupyDriver:
         """CuPy has priorities from version 14. Before, it is one of the 32 streams that torch has of each of four priorities."""
         if hasattr(self._runtime, "streamCreateWithPriority"):
             return int(self._call(self._runtime.streamCreateWithPriority, self._runtime.streamNonBlocking, priority))
-        return int(torch.cuda.Stream(self.torch_device, priority).cuda_stream)  # type: ignore[no-untyped-call]
+        return int(torch.cuda.Stream(self.torch_device, priority).cuda_stream)
 
     def _share(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Containers, virtual machines and WSL may come without handles between processes."""
@@ -202,7 +202,7 @@ class CupyDriver:
             raise CannotMap(f"CUDA cannot share device memory here: {error}") from error
 
     def _torch_stream(self, stream: int) -> torch.cuda.Stream:
-        return torch.cuda.ExternalStream(stream, device=self.torch_device)  # type: ignore[no-untyped-call]
+        return torch.cuda.ExternalStream(stream, device=self.torch_device)
 
     def _open(self, function: Callable[[bytes], Any], handle: bytes) -> int:
         try:

@@ -17,6 +17,7 @@ from gpu.cuda.driver import Driver, HostBytes
 from gpu.cuda.kernels import Kernels
 from gpu.cuda.memory import PinnedMemory
 from gpu.deferred import Deferred, Now
+from gpu.pool import check_ids
 
 _WORD = 8
 _Launch = Callable[[Tensor], None]
@@ -84,14 +85,6 @@ class Mover:
         launch(device.view(int64).view(len(ids) + 1, ids.shape[1]))
         self._driver.copy_to_host(host[ids.nbytes :], device.data_ptr() + ids.nbytes, stream)
         return host[ids.nbytes :].view(np.uint64)
-
-
-def check_ids(block_ids: Sequence[int], num_blocks: int) -> npt.NDArray[np.int64]:
-    """The ids as an array. Raises IndexError when one is outside of [0, num_blocks)."""
-    ids = np.asarray(block_ids, dtype=np.int64)
-    if len(ids) and (ids.min() < 0 or ids.max() >= num_blocks):
-        raise IndexError(f"block ids {ids.min()}..{ids.max()} are not all inside a pool of {num_blocks} blocks")
-    return ids
 
 
 def rows_of(memory: HostBytes, block_bytes: int) -> list[memoryview]:

@@ -22,11 +22,11 @@ from gpu.cuda.driver import Driver
 from gpu.cuda.handle import LABEL_BYTES, MEMORY, NO_LABEL, PAGE_BYTES, UNSHARED, Handle, label, memory_size
 from gpu.cuda.mapping import MappedCudaPool
 from gpu.cuda.memory import DeviceMemory
-from gpu.cuda.mover import Mover, check_ids, rows_of
+from gpu.cuda.mover import Mover, rows_of
 from gpu.cuda.processes import Processes
 from gpu.deferred import Deferred, Now
 from gpu.errors import BrokenPool, CannotMap, DeviceFailed, LayoutMismatch, PoolClosed
-from gpu.pool import Blocks, PoolExport, PoolSpec, check_copy
+from gpu.pool import Blocks, PoolExport, PoolSpec, check_copy, check_ids
 
 _ALIGNMENT = 16  # what the copy kernel moves at a time
 

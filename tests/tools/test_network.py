@@ -98,7 +98,7 @@ def test_heads_ask_every_feature_level_and_every_digit() -> None:
     for batch in maker().training(0):
         loss = heads.loss(batch, forward(model(), batch))
         assert loss is not None
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in heads.parameters())
 
 

@@ -76,7 +76,7 @@ class Trainer:
         self._batches = BatchMaker(self._tokenizer, seed=settings.seed, mix=settings.mix)
         self._model = Qwen3VLForConditionalGeneration(bundled_config(self._tokenizer))
         self._heads = Heads(num_features=1 + len(self._model.model.visual.deepstack_visual_indexes))
-        self._ema = AveragedModel(self._model, multi_avg_fn=get_ema_multi_avg_fn(_EMA_DECAY))  # type: ignore[no-untyped-call]
+        self._ema = AveragedModel(self._model, multi_avg_fn=get_ema_multi_avg_fn(_EMA_DECAY))
         self._optimisers = _optimisers(self._model, self._heads)
         self._step = 0
         self._seconds = 0.0
@@ -120,7 +120,7 @@ class Trainer:
             if asked is not None:
                 losses[f"{name}_heads"] = round(asked.item(), 4)
                 loss = loss + settings.heads_weight * asked
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         for optimiser in self._optimisers:
             optimiser.step()

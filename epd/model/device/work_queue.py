@@ -127,7 +127,7 @@ class CudaQueue:
         with _one_capture, _no_collection(), torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             if self._side is None:
-                self._side = torch.cuda.Stream(priority=current.priority)  # type: ignore[no-untyped-call]
+                self._side = torch.cuda.Stream(priority=current.priority)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._side.wait_stream(current)
             graph = torch.cuda.CUDAGraph()
@@ -164,11 +164,11 @@ def _no_collection() -> Iterator[None]:
 
 class _CudaMark:
     def __init__(self, device: torch.device) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.event = torch.cuda.Event(enable_timing=True)
         self.event.record(torch.cuda.current_stream(device))
 
     def has_passed(self) -> bool:
-        return bool(self.event.query())  # type: ignore[no-untyped-call]
+        return bool(self.event.query())
 
     def wait(self) -> None:
         self.event.synchronize()

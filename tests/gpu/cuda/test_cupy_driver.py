@@ -138,7 +138,7 @@ class TestOnADevice:
         order: list[str] = []
 
         def long(name: str) -> None:
-            torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]  # cycles: about a tenth of a second
+            torch.cuda._sleep(200_000_000)  # cycles: about a tenth of a second
             order.append(name)
 
         first, second = stream.submit(long, "a"), stream.submit(long, "b")

@@ -107,7 +107,7 @@ def test_memory_that_is_let_go_during_a_capture_can_be_used_again() -> None:
     """Steps in flight come back on another thread, and drop what they brought, while the next one captures its graph."""
     queue = CudaQueue(torch.device("cuda", 0))
     x = torch.ones(1 << 20, device="cuda")
-    stage = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stage = torch.cuda.Stream()
     with torch.cuda.stream(stage):
         held: list[Any] = [queue.host_memory(x.nbytes), torch.empty_like(x)]
         queue.copy(x.view(torch.uint8), held[0])

@@ -31,7 +31,7 @@ class CudaTimer:
         for _ in range(warm_ups):
             work()
         self.synchronize()
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]  # type: ignore[no-untyped-call]
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
         for before, after in events:
             before.record()
             work()

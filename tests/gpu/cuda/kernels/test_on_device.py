@@ -108,14 +108,14 @@ def test_a_replay_sees_the_lengths_and_tables_of_its_time(kernels: Kernels, twin
 
 def test_it_runs_on_the_current_stream(step: Step, expected: list[Tensor]) -> None:
     """On another stream than that which still holds the input back, it would be too early."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     qkv = step.qkv.clone()
     step.qkv.zero_()
     torch.cuda.synchronize()
 
     def run() -> None:
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]  # clock cycles of the device
+            torch.cuda._sleep(50_000_000)  # clock cycles of the device
             step.qkv.copy_(qkv)
             step.run()
 
