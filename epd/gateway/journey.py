@@ -23,7 +23,7 @@ from protocol.messages import Preempted, RequestId, WorkerId
 
 MAX_FAILED_ATTEMPTS = 6
 FIRST_BACKOFF_S = 0.02
-MAX_WAIT_FOR_REPORT_S = 0.25  # for a stage to tell how its time went; asked of requests with a timeline only
+MAX_WAIT_FOR_REPORT_S = 0.25  # for decode to tell how its time went, which it mostly has by the time of the last token
 _log = Log("journey")
 
 
