@@ -15,6 +15,7 @@ from typing import Final
 
 from protocol import codec, events
 from protocol.codec import Credit, Goodbye, encode, encode_envelope
+from protocol.credit import Intake
 from protocol.events import Event
 from protocol.frames import DEFAULT_LIMITS, Buffer, Kind, Limits, ProtocolError
 from protocol.handshake import Identity, Side, check_proof, hello_body, hello_id, proof, read_hello
@@ -79,11 +80,11 @@ class Connection:
         self._peer_hello = b""
         self._next_id = 1 if side is Side.DIALER else 2  # odd: the dialer's, even: the listener's
         self._asks: dict[int, Sequence[memoryview] | None] = {}  # ours, unanswered -> sinks
-        self._streams: dict[int, _Intake] = {}  # ours, unfinished
+        self._streams: dict[int, Intake] = {}  # ours, unfinished
         self._peer_asks: set[int] = set()  # theirs, unanswered
         self._peer_streams: dict[int, int] = {}  # theirs, unfinished -> items that they have room for
         self._tell_room: dict[str, int] = {}  # their actor -> tells it has room for
-        self._tell_intake: dict[str, _Intake] = {}  # our actor
+        self._tell_intake: dict[str, Intake] = {}  # our actor
         self._beats = 0
         self._missed = 0
         self._heard = False
@@ -191,7 +192,7 @@ class Connection:
         stream_id = self._next_id
         self._send(_STREAM, stream_id, encode_envelope(actor, message, window), buffers)
         self._next_id = stream_id + 2
-        self._streams[stream_id] = _Intake(window)
+        self._streams[stream_id] = Intake(window)
         return stream_id
 
     def cancel(self, ask_id: int) -> None:
@@ -301,7 +302,7 @@ class Connection:
         if intake is None:
             if len(self._tell_intake) >= self._limits.max_actors:
                 raise ProtocolError("too_large", f"tells to more than {self._limits.max_actors} actors")
-            intake = self._tell_intake[envelope.actor] = _Intake(self._limits.tell_window)
+            intake = self._tell_intake[envelope.actor] = Intake(self._limits.tell_window)
         intake.arrive("tells")
         return events.Delivered("tell", 0, envelope.actor, envelope.message, frame.buffers)
 
@@ -430,28 +431,3 @@ class Connection:
 
 
 _MISMATCHED: Final = Failed(code="corrupt_transfer", message="the answer's buffers do not have the sizes that were registered")
-
-
-class _Intake:
-    """What arrives under credit: at most `window` untaken; room is given back in halves of the window, not one by one."""
-
-    __slots__ = ("_taken", "_untaken", "_window")
-
-    def __init__(self, window: int) -> None:
-        self._window = window
-        self._untaken = 0  # arrived, or taken and not yet given back
-        self._taken = 0
-
-    def arrive(self, what: str) -> None:
-        self._untaken += 1
-        if self._untaken > self._window:
-            raise ProtocolError("bad_frame", f"more {what} than there was room for")
-
-    def take(self) -> int:
-        """Room to give back now."""
-        self._taken += 1
-        if 2 * self._taken < self._window:
-            return 0
-        count, self._taken = self._taken, 0
-        self._untaken -= count
-        return count

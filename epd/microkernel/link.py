@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Protocol, assert_never, cast
+from typing import Final, Protocol, TypeVar, assert_never, cast
 
 from epd.errors import BodyTooLarge, CorruptTransfer, EpdError, Overloaded, PeerLost, Refused, from_wire
-from epd.log import Log
 from epd.microkernel.actor import Answer, Buffer, Mail, Reply
 from epd.microkernel.itemstream import ItemStream
+from epd.microkernel.remote import RemoteSource, RemoteWay, TellWay
 from epd.microkernel.sockets import tune
+from epd.microkernel.turns import Turns
 from protocol import events
 from protocol.connection import Connection
 from protocol.frames import DEFAULT_LIMITS, MessageTooLarge
 from protocol.handshake import NONCE_BYTES, Identity, Side
-from protocol.messages import Failed, Message, WorkerId
+from protocol.messages import Message, WorkerId
 
 HEARTBEAT_S: Final = 0.5
 _CHUNKS_PER_TURN: Final = 2  # then reading and everybody else get a turn
@@ -34,7 +34,7 @@ _CLOSE_TIMEOUT_S: Final = 1.0
 _MAX_STREAMS: Final = DEFAULT_LIMITS.max_open_asks // 4
 _MAX_ASKS: Final = DEFAULT_LIMITS.max_open_asks - _MAX_STREAMS
 _REFUSALS: Final = frozenset({"wrong_version", "wrong_token", "same_worker"})
-_log = Log("link")
+T = TypeVar("T")
 
 
 class LinkHost(Protocol):
@@ -99,8 +99,8 @@ class Link(asyncio.BufferedProtocol):
         self._streams: dict[int, ItemStream] = {}
         self._replies: dict[int, Reply] = {}
         self._tell_replies: dict[str, Reply] = {}
-        self._way = _RemoteWay(self)
-        self._tell_waiters: dict[str, deque[asyncio.Future[None]]] = {}
+        self._way = RemoteWay(self._connection, self._replies, self._send_soon)
+        self._tells = Turns(self._connection.tell_room)
         self._drain_waiters: list[asyncio.Future[None]] = []
         self._rtt_s = 0.0
         self._sent_bytes = 0
@@ -131,7 +131,7 @@ class Link(asyncio.BufferedProtocol):
 
     def open_stream(
         self, actor: str, message: Message, buffers: Sequence[Buffer], items: ItemStream, *, window: int
-    ) -> _RemoteSource:
+    ) -> RemoteSource:
         if not self.is_open or len(self._streams) >= _MAX_STREAMS:
             raise self._no_room()
         try:
@@ -140,22 +140,24 @@ class Link(asyncio.BufferedProtocol):
             raise BodyTooLarge(str(error)) from None
         self._streams[stream_id] = items
         self._send_soon()
-        return _RemoteSource(self, stream_id)
+        return RemoteSource(self._connection, self._streams, self._send_soon, stream_id)
 
     async def tell(self, actor: str, message: Message, buffers: Sequence[Buffer], *, timeout_s: float) -> None:
         """Waits for credit. Raises Overloaded after `timeout_s`, PeerLost."""
         self._check_open()
-        if self._tell_waiters.get(actor) or self._connection.tell_room(actor) <= 0:
-            deadline = self._loop.time() + timeout_s
-            await self._wait_for_tell_room(actor, timeout_s)
-            while self._connection.tell_room(actor) <= 0:  # somebody else was quicker
-                await self._wait_for_tell_room(actor, deadline - self._loop.time())
+        if not self._tells.is_free(actor):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._tells.take(actor)
+            except TimeoutError:
+                raise Overloaded(f"actor {actor!r} of worker {self.peer!r} took no tell for {timeout_s:g} s") from None
+            self._check_open()
         try:
             self._connection.send_tell(actor, message, buffers)
         except MessageTooLarge as error:
             raise BodyTooLarge(str(error)) from None
         finally:
-            self._offer_tell_room(actor)
+            self._tells.offer(actor)
         self._send_soon()
 
     @property
@@ -225,8 +227,8 @@ class Link(asyncio.BufferedProtocol):
     @property
     def num_unfinished(self) -> int:
         """Asks, streams and replies that wait for something, and messages in transit. 0 at idle."""
-        waiting = sum(len(waiters) for waiters in self._tell_waiters.values())
-        return waiting + max(len(self._asks) + len(self._streams) + len(self._replies), self._connection.num_unfinished)
+        unanswered = len(self._asks) + len(self._streams) + len(self._replies)
+        return self._tells.num_waiting + max(unanswered, self._connection.num_unfinished)
 
     # --- events -----------------------------------------------------------------------------------------------------
 
@@ -253,7 +255,7 @@ class Link(asyncio.BufferedProtocol):
                 if (reply := self._replies.pop(event.id, None)) is not None:
                     reply.cancel()
             case events.TellRoom():
-                self._offer_tell_room(event.actor)
+                self._tells.offer(event.actor)
             case events.ItemRoom():
                 if (reply := self._replies.get(event.id)) is not None:
                     reply.room_opened()
@@ -276,7 +278,8 @@ class Link(asyncio.BufferedProtocol):
         if event.kind == "tell":
             reply = self._tell_replies.get(event.actor)
             if reply is None:
-                reply = self._tell_replies[event.actor] = Reply("tell", _TellWay(self, event.actor), 0, True)
+                way = TellWay(self._connection, self._send_soon, event.actor)
+                reply = self._tell_replies[event.actor] = Reply("tell", way, 0, True)
         else:
             reply = self._replies[event.id] = Reply(event.kind, self._way, event.id)
         self._host.deliver(Mail(event.message, event.buffers, reply, self.peer), event.actor)
@@ -301,18 +304,15 @@ class Link(asyncio.BufferedProtocol):
         if self._timer is not None:
             self._timer.cancel()
         self._connection.close("lost", error.message)  # lets go of registered views
-        asks, self._asks = self._asks, {}
-        streams, self._streams = self._streams, {}
-        replies, self._replies = self._replies, {}
-        for future in asks.values():
+        for future in _taken(self._asks):
             if not future.done():
                 future.set_exception(error)
-        for stream in streams.values():
+        for stream in _taken(self._streams):
             stream.finish(error)
-        for reply in replies.values():
+        for reply in _taken(self._replies):
             reply.cancel()
-        waiters = [waiter for queue in self._tell_waiters.values() for waiter in queue]
-        for waiter in (*waiters, *self._drain_waiters):
+        self._tells.end()
+        for waiter in self._drain_waiters:
             if not waiter.done():
                 waiter.set_result(None)
         self._host.link_lost(self, error, code)
@@ -380,34 +380,6 @@ class Link(asyncio.BufferedProtocol):
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
-    async def _wait_for_tell_room(self, actor: str, timeout_s: float) -> None:
-        waiter = self._loop.create_future()
-        queue = self._tell_waiters.setdefault(actor, deque())
-        queue.append(waiter)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await waiter
-        except BaseException as error:
-            if waiter not in queue:
-                self._offer_tell_room(actor)  # it was offered and is not used: the next one's
-            if isinstance(error, TimeoutError):
-                raise Overloaded(f"actor {actor!r} of worker {self.peer!r} took no tell for {timeout_s:g} s") from None
-            raise
-        finally:
-            if waiter in queue:
-                queue.remove(waiter)
-            if not queue and self._tell_waiters.get(actor) is queue:
-                del self._tell_waiters[actor]
-        self._check_open()
-
-    def _offer_tell_room(self, actor: str) -> None:
-        queue = self._tell_waiters.get(actor)
-        while queue and self._connection.tell_room(actor) > 0:
-            waiter = queue.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
-
     def _check_open(self) -> None:
         if not self.is_open:
             raise PeerLost(f"the link to {self.peer!r} is lost")
@@ -418,70 +390,8 @@ class Link(asyncio.BufferedProtocol):
         return PeerLost(f"the link to {self.peer!r} is lost")
 
 
-class _RemoteWay:
-    """Back over the link to whoever asked."""
-
-    __slots__ = ("_connection", "_link")
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._connection = link._connection
-
-    def answer(self, ask_id: int, message: Message, buffers: Sequence[Buffer]) -> None:
-        try:
-            self._connection.send_answer(ask_id, message, buffers)
-        except MessageTooLarge as error:
-            raise BodyTooLarge(str(error)) from None
-        self._link._replies.pop(ask_id, None)
-        self._link._send_soon()
-
-    def item(self, ask_id: int, message: Message, buffers: Sequence[Buffer]) -> None:
-        try:
-            self._connection.send_item(ask_id, message, buffers)
-        except MessageTooLarge as error:
-            raise BodyTooLarge(str(error)) from None
-        self._link._send_soon()
-
-    def end(self, ask_id: int, failed: Failed | None) -> None:
-        self._connection.send_end(ask_id, failed)
-        self._link._replies.pop(ask_id, None)
-        self._link._send_soon()
-
-    def item_room(self, ask_id: int) -> int:
-        return self._connection.item_room(ask_id)
-
-    def taken(self, ask_id: int) -> None:
-        """Asks and streams need no credit."""
-
-
-class _TellWay(_RemoteWay):
-    """Of all tells of a link to one actor: nothing is owed but credit."""
-
-    __slots__ = ("_actor",)
-
-    def __init__(self, link: Link, actor: str) -> None:
-        super().__init__(link)
-        self._actor = actor
-
-    def taken(self, ask_id: int) -> None:
-        self._connection.take_tell(self._actor)
-        self._link._send_soon()
-
-
-class _RemoteSource:
-    """The producer of a stream, at the other end of the link."""
-
-    __slots__ = ("_id", "_link")
-
-    def __init__(self, link: Link, stream_id: int) -> None:
-        self._link = link
-        self._id = stream_id
-
-    def took_item(self) -> None:
-        self._link._connection.take_item(self._id)
-        self._link._send_soon()
-
-    def left(self) -> None:
-        if self._link._streams.pop(self._id, None) is not None:
-            self._link._connection.cancel(self._id)
-            self._link._send_soon()
+def _taken(table: dict[int, T]) -> list[T]:
+    """What was in it. It is emptied and not replaced, since others hold it too."""
+    found = list(table.values())
+    table.clear()
+    return found

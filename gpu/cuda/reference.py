@@ -16,6 +16,7 @@ from gpu.cuda.kernels.checks import (
     check_copy_blocks,
     check_gather_kv,
     check_hash_blocks,
+    check_linear,
     check_paged_attention,
     check_rms_norm,
     check_rope_store,
@@ -26,10 +27,29 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _FACTOR = 0xD6E8FEB86659FD93
 
 
+class TorchFusedLinear:
+    """`gpu.cuda.kernels.FusedLinear`."""
+
+    max_rows = 4
+
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, out: Tensor) -> None:
+        check_linear(x, weight, out, norm=norm, max_rows=self.max_rows)
+        out.copy_(_normalised(x.float(), norm.float(), eps) @ weight.float().t())
+
+    def norm_silu_mul(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, out: Tensor) -> None:
+        check_linear(x, weight, out, norm=norm, is_gated=True, max_rows=self.max_rows)
+        out.copy_(_silu_mul(_normalised(x.float(), norm.float(), eps) @ weight.float().t()))
+
+    def linear_add(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        check_linear(x, weight, out, max_rows=self.max_rows)
+        out.copy_(out.float() + x.float() @ weight.float().t())
+
+
 class TorchKernels:
     """`gpu.cuda.kernels.Kernels`, for tests and for models on the CPU. Reads device values: no graph can be captured of it."""
 
     name = "torch"
+    fused = TorchFusedLinear()
 
     def warm_up(self, geometry: Geometry, device: torch.device) -> None:
         """There is nothing to compile."""
@@ -72,8 +92,7 @@ class TorchKernels:
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         check_silu_mul(gate_up, out)
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        out.copy_(gate * torch.sigmoid(gate) * up)
+        out.copy_(_silu_mul(gate_up.float()))
 
     def workspace_floats(self, max_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
         return 0
@@ -184,6 +203,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * weight
+
+
+def _silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gate * torch.sigmoid(gate) * up
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,15 +7,16 @@ row's own blocks there is left over from steps before, and not read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from epd.model.batch import Batch
-from epd.model.device.graphs import GraphOptions, Graphs
+from epd.model.device.buffers import Buffers
+from epd.model.device.graphs import GraphOptions, Graphs, Work
 from epd.model.device.inputs import Layout, Shape, Staging
-from epd.model.device.text import Buffers, DeviceTextModel, Inputs
+from epd.model.device.text import DeviceTextModel, Inputs
 from epd.model.device.work_queue import WorkQueue
 
 # What a row of padding has in the arrays of a step.
@@ -38,16 +39,22 @@ class DecodeSteps:
     ) -> None:
         """`drawn`, int64 [max_sequences]: where each step puts its likeliest tokens, and finds those of the step before."""
         self._model, self._kv, self._drawn, self._queue = model, kv_pool, drawn, queue
-        self._graphs = Graphs(queue, self._work_of, options, max_sequences)
+        self._options = options
+        self._graphs = Graphs(queue, self._ways_of, options, max_sequences)
         largest, width = max(self._graphs.buckets, default=0), -(-max_model_len // kv_pool.shape[4])
         self._memory = torch.zeros(_layout(largest, (largest, width)).num_bytes, dtype=torch.uint8, device=model.device)
         self._block_tables = torch.zeros(largest, width, dtype=torch.int32, device=model.device)
-        self._buffers = Buffers(model, largest) if largest else None
+        self._buffers = model.buffers(largest) if largest else None
 
     @property
     def captured(self) -> frozenset[int]:
         """Batch sizes that there are graphs for by now."""
         return self._graphs.captured
+
+    @property
+    def timed(self) -> Mapping[int, Mapping[str, float]]:
+        """Seconds of a step of padding in each way to do it, by batch size, where there was a choice."""
+        return self._graphs.timed
 
     def bucket_of(self, batch: Batch) -> int | None:
         """How many rows a batch is padded to, or None where it is to be launched kernel by kernel."""
@@ -88,7 +95,7 @@ class DecodeSteps:
         self._graphs.capture(bucket)
         self._drawn.copy_(drawn)
 
-    def _work_of(self, bucket: int) -> Callable[[], None]:
+    def _ways_of(self, bucket: int) -> dict[str, Work]:
         arrays = _layout(bucket).tensors(self._memory)
         inputs = Inputs(
             token_ids=arrays["token_ids"],
@@ -97,12 +104,18 @@ class DecodeSteps:
             block_tables=self._block_tables[:bucket],
             context_lens=arrays["context_lens"],
         )
-        drawn, buffers = self._drawn[:bucket], self._buffers_of(bucket)
+        drawn, buffers, model = self._drawn[:bucket], self._buffers_of(bucket), self._model
 
-        def work() -> None:
-            torch.argmax(self._model.forward(inputs, self._drawn, self._kv, buffers), dim=1, out=drawn)
+        def separate() -> None:
+            torch.argmax(model.forward(inputs, self._drawn, self._kv, buffers), dim=1, out=drawn)
 
-        return work
+        def fused() -> None:
+            torch.argmax(model.forward_fused(inputs, self._drawn, self._kv, buffers), dim=1, out=drawn)
+
+        wanted = self._options.linear
+        if bucket > model.max_fused_rows or wanted == "separate" or (wanted == "fastest" and self._queue.device.type == "cpu"):
+            return {"separate": separate}
+        return {"fused": fused} if wanted == "fused" else {"separate": separate, "fused": fused}
 
     def _buffers_of(self, bucket: int) -> Buffers:
         if self._buffers is None:

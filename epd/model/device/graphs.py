@@ -3,14 +3,24 @@
 A graph is captured over memory that never moves, for one number of rows; a smaller batch is padded to it. One graph serves
 contexts of any length: into how many parts the attention kernels split a context depends on the number of rows, and where the
 cuts lie is settled on the device by each row's own length (see `gpu.cuda.kernels`). Does not know what is captured.
+
+Where there are several ways to do a step, all are captured and timed in turns, and the fastest is kept: which one that is depends
+on the GPU, the model's widths and the versions of libraries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 from epd.model.device.work_queue import WorkQueue
+
+_ROUNDS = 7
+
+Work = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,20 +33,22 @@ class GraphOptions:
 
     max_batch: int = 512  # larger steps are launched kernel by kernel; 0: all are
     captured_at_start: int = 256  # batch sizes up to this
+    linear: Literal["separate", "fused", "fastest"] = "fastest"  # of few rows: see `gpu.cuda.kernels.FusedLinear`
 
 
 class Graphs:
     """What has been captured of the work of each bucket."""
 
     def __init__(
-        self, queue: WorkQueue, work_of: Callable[[int], Callable[[], None]], options: GraphOptions, largest: int
+        self, queue: WorkQueue, ways_of: Callable[[int], Mapping[str, Work]], options: GraphOptions, largest: int
     ) -> None:
-        """`work_of(batch)` makes what `WorkQueue.capture` is to capture for so many rows. No batch exceeds `largest`."""
+        """`ways_of(batch)`: by name, what does the same for so many rows, for `WorkQueue.capture`. No batch exceeds `largest`."""
         self.buckets = batch_buckets(min(options.max_batch, largest))
         self.at_start = tuple(batch for batch in self.buckets if batch <= options.captured_at_start)
+        self.timed: dict[int, dict[str, float]] = {}  # batch size -> seconds of each way, where there were several
         self._queue = queue
-        self._work_of = work_of
-        self._replays: dict[int, Callable[[], None]] = {}
+        self._ways_of = ways_of
+        self._replays: dict[int, Work] = {}
 
     @property
     def captured(self) -> frozenset[int]:
@@ -48,11 +60,26 @@ class Graphs:
         return next((batch for batch in self.buckets if batch >= num_rows > 0), None)
 
     def capture(self, batch: int) -> None:
-        """Runs the work as well."""
-        self._replays[batch] = self._queue.capture(self._work_of(batch))
+        """Runs the work as well, and waits for the device where there is a choice."""
+        replays = {name: self._queue.capture(work) for name, work in self._ways_of(batch).items()}
+        if len(replays) > 1:
+            self.timed[batch] = self._time(replays)
+        seconds = self.timed.get(batch, {})
+        self._replays[batch] = replays[min(replays, key=lambda name: seconds.get(name, 0.0))]
 
     def replay(self, batch: int) -> None:
         self._replays[batch]()
+
+    def _time(self, replays: Mapping[str, Work]) -> dict[str, float]:
+        """Median seconds of each, in turns, so that a clock that rises or falls meanwhile favours none."""
+        marks = [self._queue.mark()]
+        for _ in range(_ROUNDS):
+            for replay in replays.values():
+                replay()
+                marks.append(self._queue.mark())
+        marks[-1].wait()
+        took = [after.seconds_since(before) for before, after in pairwise(marks)]
+        return {name: statistics.median(took[place :: len(replays)]) for place, name in enumerate(replays)}
 
 
 def batch_buckets(largest: int) -> tuple[int, ...]:

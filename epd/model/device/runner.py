@@ -10,7 +10,7 @@ What two batches have in common is said in `epd.model.device.text`: the same tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from epd.model.device.decode_steps import DecodeSteps
 from epd.model.device.graphs import GraphOptions
 from epd.model.device.inputs import Layout, Staging
 from epd.model.device.sampler import Logprobs, is_greedy, sample
-from epd.model.device.text import Buffers, ChunkInputs, DeviceTextModel, Inputs
+from epd.model.device.text import ChunkInputs, DeviceTextModel, Inputs
 from epd.model.device.work_queue import Mark, WorkQueue, open_queue
 from epd.step import PENDING, EmbeddingSpan, SampleRequest, StepOutput, StepPlan
 from gpu.deferred import Deferred
@@ -64,7 +64,7 @@ class DeviceTextRunner:
         self._max_tokens = min(max_tokens, len(kv_pool) * block_size)
         self._queue = queue or open_queue(model.device)
         self._staging = Staging(self._queue)
-        self._buffers = Buffers(model)
+        self._buffers = model.buffers()
         self._drawn = torch.zeros(max_sequences, dtype=torch.int64, device=model.device)
         self._row_of: dict[RequestId, int] = {}  # in _drawn, of what the last step drew
         self._decode = DecodeSteps(
@@ -113,6 +113,11 @@ class DeviceTextRunner:
     def captured(self) -> frozenset[int]:
         """Batch sizes that decode steps have graphs for."""
         return self._decode.captured
+
+    @property
+    def timed(self) -> Mapping[int, Mapping[str, float]]:
+        """Of those, the ones that could be done in several ways: seconds of each. The fastest is taken."""
+        return self._decode.timed
 
     def close(self) -> None:
         """Let go of the pool's memory, the graphs and the buffers, once the device is done with them."""

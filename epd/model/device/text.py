@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from epd.model.config import ModelConfig, TextConfig
+from epd.model.device.buffers import Buffers, Rows
 from epd.model.rope import rope_frequencies
 from epd.model.shapes import text_prefix
 from gpu.cuda.kernels import Geometry, Kernels
@@ -104,6 +105,16 @@ class DeviceTextModel:
             block_size=block_size,
         )
 
+    def buffers(self, max_rows: int = 0) -> Buffers:
+        """Working memory for one runner, see there."""
+        return Buffers(self.config, self.kernels, self.device, self.dtype, max_rows=max_rows)
+
+    @property
+    def max_fused_rows(self) -> int:
+        """Up to so many rows `forward_fused` takes; 0 where these kernels or these weights are not for it."""
+        has_bias = self.config.attention_bias
+        return 0 if self.kernels.fused is None or has_bias else self.kernels.fused.max_rows
+
     @torch.inference_mode()
     def forward(self, inputs: Inputs, drawn: Tensor, kv_pool: Tensor, buffers: Buffers) -> Tensor:
         """Logits float32 [num_sampled, vocab_size], valid until the next call with these buffers.
@@ -132,6 +143,30 @@ class DeviceTextModel:
             else:
                 kernels.add_rms_norm(rows.delta, rows.x, following, eps, rows.normed)
         return self._finish(inputs, kv_pool, buffers, rows)
+
+    @torch.inference_mode()
+    def forward_fused(self, inputs: Inputs, drawn: Tensor, kv_pool: Tensor, buffers: Buffers) -> Tensor:
+        """`forward` of up to `max_fused_rows` single tokens that are all sampled, in two thirds as many kernels.
+
+        Raises ValueError for more of them.
+        """
+        kernels, fused, eps = self.kernels, self.kernels.fused, self.config.rms_norm_eps
+        if fused is None or len(inputs.token_ids) > self.max_fused_rows:
+            raise ValueError(f"{len(inputs.token_ids)} rows, where {self.max_fused_rows} can be fused")
+        rows = buffers.rows(len(inputs.token_ids))
+        self._begin(inputs, drawn, rows)
+        for i, layer in enumerate(self._layers):
+            fused.norm_linear(rows.x, layer.input_norm, eps, layer.qkv.weight, rows.qkv)
+            kernels.rope_store(
+                rows.qkv, layer.q_norm, layer.k_norm, eps, rows.cosine, rows.sine, kv_pool, i, inputs.slots, rows.q
+            )
+            self._attend(inputs, i, kv_pool, rows, buffers.workspace)
+            fused.linear_add(rows.attended, layer.output.weight, rows.x)
+            fused.norm_silu_mul(rows.x, layer.post_norm, eps, layer.gate_up.weight, rows.inner)
+            fused.linear_add(rows.inner, layer.down.weight, rows.x)
+        logits = buffers.logits(inputs.num_sampled)
+        fused.norm_linear(rows.x, self._norm, eps, self._head, logits)
+        return logits
 
     def _begin(self, inputs: Inputs, drawn: Tensor, rows: Rows) -> None:
         """Embeddings of the tokens and images into x, and the rotations of their positions."""
@@ -198,118 +233,6 @@ class DeviceTextModel:
             x[row : row + len(embedding)] += embedding[:, (layer + 1) * width : (layer + 2) * width]
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The working memory of a step with so many rows."""
-
-    x: Tensor  # [n, hidden]
-    normed: Tensor  # [n, hidden]
-    delta: Tensor  # [n, hidden]
-    cosine: Tensor  # float32 [n, head_dim / 2]
-    sine: Tensor  # float32 [n, head_dim / 2]
-    # These three share memory with the two below: attention is over when the feed-forward begins.
-    qkv: Tensor  # [n, (heads + 2 * kv_heads) * head_dim]
-    q: Tensor  # [n, heads, head_dim]
-    attended: Tensor  # [n, heads * head_dim]
-    gate_up: Tensor  # [n, 2 * intermediate]
-    inner: Tensor  # [n, intermediate]
-
-    @property
-    def attended_heads(self) -> Tensor:
-        return self.attended.view(self.q.shape)
-
-
-class Buffers:
-    """The working memory of one runner. It grows to the largest step seen, unless `max_rows` says how large that will be.
-
-    With `max_rows` it never moves, so that a graph can be captured that writes to it.
-    """
-
-    _KEPT = 64  # steps of up to this many rows have their views kept
-
-    def __init__(self, model: DeviceTextModel, max_rows: int = 0, *, attends: bool = True) -> None:
-        """`attends`: False for memory of rows that attention has been over for."""
-        text = model.config
-        self._config, self._dtype, self._device, self._model = text, model.dtype, model.device, model
-        heads, kv_heads = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-        self._attention = {"qkv": heads + 2 * kv_heads, "q": heads, "attended": heads} if attends else {"attended": heads}
-        self._feed_forward = {"gate_up": 2 * text.intermediate_size, "inner": text.intermediate_size}
-        self._is_fixed = max_rows > 0
-        self._capacity = self._num_workspace_rows = 0
-        self._rows: dict[int, Rows] = {}
-        self._sampled: Buffers | None = None
-        self._logits = torch.empty(0, text.vocab_size, device=model.device)
-        self.workspace = torch.empty(0, device=model.device)
-        if max_rows:
-            self._grow(max_rows)
-            self._logits = torch.empty(max_rows, text.vocab_size, device=model.device)
-            self.reserve_workspace(max_rows)
-
-    def rows(self, num_rows: int) -> Rows:
-        """Raises ValueError for more than `max_rows` where that is given."""
-        if num_rows > self._capacity:
-            if self._is_fixed:
-                raise ValueError(f"a step of {num_rows} rows in memory for {self._capacity}")
-            self._grow(max(num_rows, min(2 * self._capacity, 1024)))
-        rows = self._rows.get(num_rows)
-        if rows is None:
-            rows = self._views(num_rows)
-            if num_rows <= self._KEPT:
-                self._rows[num_rows] = rows
-        return rows
-
-    def sampled_rows(self, num_rows: int) -> Rows:
-        """Other memory than that of `rows`, for the rows that are left when only some are sampled."""
-        if self._sampled is None:
-            self._sampled = Buffers(self._model, attends=False)
-        return self._sampled.rows(num_rows)
-
-    def logits(self, num_rows: int) -> Tensor:
-        """float32 [num_rows, vocab_size]"""
-        if len(self._logits) < num_rows:
-            self._logits = torch.empty(num_rows, self._config.vocab_size, device=self._device)
-        return self._logits[:num_rows]
-
-    def reserve_workspace(self, num_sequences: int) -> None:
-        """Make `workspace` large enough for paged attention of so many sequences."""
-        if num_sequences > self._num_workspace_rows:
-            text = self._config
-            num_floats = self._model.kernels.workspace_floats(num_sequences, text.num_heads, text.num_kv_heads, text.head_dim)
-            self.workspace = torch.empty(num_floats, device=self._device)
-            self._num_workspace_rows = num_sequences
-
-    def _grow(self, num_rows: int) -> None:
-        width, pairs = self._config.hidden_size, self._config.head_dim // 2
-        shared = max(sum(self._attention.values()), sum(self._feed_forward.values()))
-        self._rows.clear()
-        self._capacity = num_rows
-        self._hidden = torch.empty(3, num_rows, width, dtype=self._dtype, device=self._device)
-        self._angles = torch.empty(2, num_rows, pairs, device=self._device)
-        self._shared = torch.empty(num_rows * shared, dtype=self._dtype, device=self._device)
-
-    def _views(self, n: int) -> Rows:
-        x, normed, delta = (each[:n] for each in self._hidden)
-        cosine, sine = (each[:n] for each in self._angles)
-        attention, feed_forward = self._cut(n, self._attention), self._cut(n, self._feed_forward)
-        nothing = self._shared[:0]
-        text = self._config
-        return Rows(
-            x=x,
-            normed=normed,
-            delta=delta,
-            cosine=cosine,
-            sine=sine,
-            qkv=attention.get("qkv", nothing),
-            q=attention["q"].view(n, text.num_heads, text.head_dim) if "q" in attention else nothing,
-            attended=attention["attended"],
-            **feed_forward,
-        )
-
-    def _cut(self, n: int, widths: dict[str, int]) -> dict[str, Tensor]:
-        parts = torch.split(self._shared[: n * sum(widths.values())], [n * width for width in widths.values()])
-        return {name: part.view(n, width) for (name, width), part in zip(widths.items(), parts, strict=True)}
-
-
 class _Layer:
     def __init__(self, config: TextConfig, source: _Source, prefix: str) -> None:
         self.input_norm = source.tensor(f"{prefix}input_layernorm.weight")
@@ -327,15 +250,15 @@ class _Linear:
     """x @ weight.T + bias of the weights named, side by side: their outputs follow each other in a row."""
 
     def __init__(self, source: _Source, names: Sequence[str], *, bias: bool = False) -> None:
-        self._weight = source.joined([f"{name}.weight" for name in names]).t()
+        self.weight = source.joined([f"{name}.weight" for name in names])
         self._bias = torch.cat([source.tensor(f"{name}.bias") for name in names]) if bias else None
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
         """x [n, in] -> out [n, out]"""
         if self._bias is None:
-            torch.mm(x, self._weight, out=out)
+            torch.mm(x, self.weight.t(), out=out)
         else:
-            torch.addmm(self._bias, x, self._weight, out=out)
+            torch.addmm(self._bias, x, self.weight.t(), out=out)
 
 
 class _Source:

@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Geometry", "Kernels"]
+__all__ = ["FusedLinear", "Geometry", "Kernels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,44 @@ class Geometry:
     has_qk_norm: bool = True
 
 
+class FusedLinear(Protocol):
+    """Linear layers of a few rows, each one launch with what stands beside it.
+
+    Such a product takes as long as its weights take to be read, and each small kernel before or behind it adds its start and end.
+    weight: dtype [N, H], as a checkpoint has it. What stands between two roundings of the separate kernels is not rounded here.
+    """
+
+    @property
+    def max_rows(self) -> int:
+        """The largest T."""
+
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, out: Tensor) -> None:
+        """out = rms_norm(x) @ weight.T
+
+        x: dtype [T, H]; norm: dtype [H]; out: dtype or float32 [T, N].
+        """
+
+    def norm_silu_mul(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, out: Tensor) -> None:
+        """out = silu_mul(rms_norm(x) @ weight.T)
+
+        x: dtype [T, H]; norm: dtype [H]; weight: dtype [2 I, H], gate's rows above up's; out: dtype [T, I].
+        """
+
+    def linear_add(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        """out += x @ weight.T
+
+        x: dtype [T, H]; out: dtype [T, N], no part of x.
+        """
+
+
 class Kernels(Protocol):
     @property
     def name(self) -> str:
         """ "triton", "numba" or "torch"."""
+
+    @property
+    def fused(self) -> FusedLinear | None:
+        """None: this set leaves linear layers to torch."""
 
     def warm_up(self, geometry: Geometry, device: torch.device) -> None:
         """Compile and load all that a model of this geometry calls; blocks. Must come before a graph is captured."""

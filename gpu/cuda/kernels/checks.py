@@ -34,6 +34,25 @@ def check_rms_norm(x: Tensor, weight: Tensor, out: Tensor, delta: Tensor | None 
         expect(delta, shape, x.dtype, "delta", like=x)
 
 
+def check_linear(
+    x: Tensor, weight: Tensor, out: Tensor, *, norm: Tensor | None = None, is_gated: bool = False, max_rows: int
+) -> None:
+    """One of `FusedLinear`: `norm` where there is one, `is_gated` where two rows of the weights make one column of `out`."""
+    for name, tensor in (("x", x), ("weight", weight), ("out", out)):
+        _expect_dims(tensor, 2, name)
+    _expect_float(x, "x")
+    num_rows, width = x.shape
+    num_outs = out.shape[1]
+    if num_rows > max_rows:
+        raise ValueError(f"{num_rows} rows, where {max_rows} are the most")
+    expect(x, (num_rows, width), x.dtype, "x", like=x)
+    expect(weight, (2 * num_outs if is_gated else num_outs, width), x.dtype, "weight", like=x)
+    is_wider = norm is not None and not is_gated and out.dtype == torch.float32
+    expect(out, (num_rows, num_outs), torch.float32 if is_wider else x.dtype, "out", like=x)
+    if norm is not None:
+        expect(norm, (width,), x.dtype, "norm", like=x)
+
+
 def check_rope_store(
     qkv: Tensor,
     q_norm: Tensor | None,

@@ -19,6 +19,7 @@ class NumbaKernels:
     """`gpu.cuda.kernels.Kernels`. Each function says what it asks beyond that: powers of two, whole units of 16 bytes."""
 
     name = "numba"
+    fused = None
 
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)

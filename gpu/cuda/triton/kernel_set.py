@@ -10,6 +10,7 @@ from torch import Tensor
 from gpu.cuda.kernels import Geometry
 from gpu.cuda.triton.chunk_attention import chunk_attention
 from gpu.cuda.triton.copy_blocks import copy_blocks, hash_blocks
+from gpu.cuda.triton.fused_linear import TritonFusedLinear
 from gpu.cuda.triton.gather_kv import gather_kv
 from gpu.cuda.triton.norm import add_rms_norm, rms_norm
 from gpu.cuda.triton.paged_attention import paged_attention, workspace_floats
@@ -26,6 +27,7 @@ class TritonKernels:
     """
 
     name = "triton"
+    fused = TritonFusedLinear()
 
     def __init__(self, num_sms: int = 0) -> None:
         self._num_sms = num_sms or torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count

@@ -23,15 +23,18 @@ from tests.model.reference import CASE_NAMES, GREEDY, Model, Running
 ModelOf = Callable[[str], Model]
 OpenEngine = Callable[..., DeviceEngine]
 
+FUSED = GraphOptions(linear="fused")
 SAMPLED = Sampling(temperature=1.0, top_p=0.95, seed=11)
 PLAIN = Sampling(temperature=0.8, seed=5)
 
 
 @pytest.mark.parametrize("name", CASE_NAMES)
-@pytest.mark.parametrize("chunk", [10_000, 9])
-def test_greedy_tokens_equal_generate(name: str, chunk: int, model_of: ModelOf, open_engine: OpenEngine) -> None:
+@pytest.mark.parametrize(("chunk", "graphs"), [(10_000, None), (9, FUSED)])
+def test_greedy_tokens_equal_generate(
+    name: str, chunk: int, graphs: GraphOptions | None, model_of: ModelOf, open_engine: OpenEngine
+) -> None:
     model = model_of(name)
-    engine = open_engine(model)
+    engine = open_engine(model, graphs=graphs)
     for seed in range(2):
         prompt = model.prompt(seed, length=8 + 5 * seed)
         assert _ids(engine.generate(prompt, num_tokens=12, chunk=chunk)) == model.reference_tokens(prompt, 12)
@@ -39,7 +42,7 @@ def test_greedy_tokens_equal_generate(name: str, chunk: int, model_of: ModelOf, 
 
 
 @pytest.mark.parametrize("name", ["qwen3-gqa4-tied", "vl-deepstack2-tied"])
-@pytest.mark.parametrize("graphs", [NO_GRAPHS, GraphOptions(max_batch=7)], ids=["eager", "graphs"])
+@pytest.mark.parametrize("graphs", [NO_GRAPHS, GraphOptions(max_batch=7), FUSED], ids=["eager", "graphs", "fused"])
 def test_a_mix_of_requests_gives_each_its_own_tokens(
     name: str, graphs: GraphOptions, model_of: ModelOf, open_engine: OpenEngine
 ) -> None:
@@ -70,7 +73,7 @@ def test_a_mix_of_requests_gives_each_its_own_tokens(
     assert bool(engine.device_runner.captured) == (graphs is not NO_GRAPHS)
 
 
-@pytest.mark.parametrize("graphs", [NO_GRAPHS, None], ids=["eager", "graphs"])
+@pytest.mark.parametrize("graphs", [NO_GRAPHS, None, FUSED], ids=["eager", "graphs", "fused"])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, PLAIN], ids=["greedy", "nucleus", "plain"])
 def test_steps_that_overlap_draw_the_same_tokens(
     graphs: GraphOptions | None, sampling: Sampling, model_of: ModelOf, open_engine: OpenEngine
@@ -222,7 +225,7 @@ def test_a_step_takes_time(model_of: ModelOf, open_engine: OpenEngine) -> None:
     assert engine.device_runner.execute(StepPlan((step,))).value().elapsed_s > 0
 
 
-@pytest.mark.parametrize("graphs", [NO_GRAPHS, None], ids=["eager", "graphs"])
+@pytest.mark.parametrize("graphs", [NO_GRAPHS, None, FUSED], ids=["eager", "graphs", "fused"])
 @pytest.mark.parametrize(
     "sampling",
     [

@@ -12,7 +12,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from epd.model.batch import make_batch
+from epd.model.device.text import Inputs
 from epd.step import EmbeddingSpan, SampleRequest, SequenceStep, StepPlan
+from protocol.messages import Token
 from tests.model.device.engine import CastWeights, DeviceEngine, Target
 from tests.model.reference import CASE_NAMES, VL_NAMES, Model, Prompt, Running
 
@@ -122,6 +125,65 @@ def test_a_step_that_samples_nothing_has_no_logits(model_of: ModelOf, open_engin
     step = replace(engine.sequence(engine.model.prompt(seed=1)).step(10_000), sample=None)
     assert engine.device_runner.logits(StepPlan((step,))).shape == (0, 97)
     assert engine.execute([step]) == (None,)
+
+
+@pytest.mark.parametrize("name", ["qwen3-gqa4-tied", "vl-deepstack2-tied", "vl-deepstack-every-layer"])
+def test_fused_layers_give_what_separate_ones_give(name: str, model_of: ModelOf, open_engine: OpenEngine) -> None:
+    """Logits and KV, of rows that end at different places, one of them padding."""
+    engine = open_engine(model_of(name))
+    separate, fused = _single_steps(engine)
+    assert torch.isfinite(separate).all()
+    assert _error(fused.cpu().numpy(), separate.cpu().numpy()) < 1e-5
+
+
+def test_fused_layers_round_less(model_of: ModelOf, half_target: Target) -> None:
+    """bfloat16 against float32 and the same, rounded weights."""
+    model, errors = model_of("qwen3-gqa4-tied"), []
+    weights = CastWeights(model.text_weights, torch.bfloat16)
+    exact_target = replace(half_target, dtype=torch.float32)
+    engines = [DeviceEngine(model, target, weights=weights) for target in (exact_target, half_target)]
+    exact, _ = _single_steps(engines[0])
+    for logits in _single_steps(engines[1]):
+        errors.append(_mean_error(logits.cpu().numpy(), exact.cpu().numpy()))
+    for engine in engines:
+        engine.close()
+    assert 1e-3 < errors[1] < 1.05 * errors[0]
+
+
+def test_a_model_with_biases_is_not_for_fused_layers(model_of: ModelOf, open_engine: OpenEngine) -> None:
+    assert open_engine(model_of("qwen3-gqa4-tied")).device_model.max_fused_rows > 0
+    engine = open_engine(model_of("qwen3-mha-bias"))
+    assert engine.device_model.max_fused_rows == 0
+    with pytest.raises(ValueError, match="3 rows"):
+        _single_steps(engine)
+
+
+def _single_steps(engine: DeviceEngine) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of one more token for three sequences, by separate and by fused layers, which must store the same KV."""
+    model, device = engine.device_model, engine.kv.device
+    running = [engine.sequence(engine.model.prompt(seed=seed, length=length)) for seed, length in ((1, 4), (2, 20), (3, 11))]
+    for each in running:
+        engine.execute([replace(each.step(10_000), sample=None)])
+        each.take(Token(7))
+    batch = make_batch(StepPlan(tuple(each.step(1) for each in running)), engine.block_size)
+    slots = torch.from_numpy(batch.slots)
+    slots[2] = -1  # padding stores nothing, and attends to what is there
+    inputs = Inputs(
+        token_ids=torch.from_numpy(batch.token_ids).to(device),
+        positions=torch.from_numpy(batch.positions).to(device),
+        slots=slots.to(device),
+        block_tables=torch.from_numpy(batch.block_tables).to(device),
+        context_lens=torch.from_numpy(batch.context_lens).to(device) - torch.tensor([0, 0, 1], dtype=torch.int32, device=device),
+    )
+    drawn, buffers, before = torch.zeros(3, dtype=torch.int64, device=device), model.buffers(3), engine.kv.clone()
+    separate = model.forward(inputs, drawn, engine.kv, buffers).clone()
+    stored = engine.kv.clone()
+    engine.kv.copy_(before)
+    fused = model.forward_fused(inputs, drawn, engine.kv, buffers).clone()
+    step = 1e-5 if model.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(engine.kv, stored, rtol=step, atol=step, equal_nan=True)
+    assert not torch.equal(engine.kv.isnan(), before.isnan())
+    return separate, fused
 
 
 @torch.no_grad()

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpu.cuda.kernels import Kernels
-
 # What torch does to bring a value to the host, or to learn from one how large a result is.
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_dim", "equal", "repeat_interleave"}
 
@@ -36,16 +34,19 @@ def reads_are_errors(device: torch.device) -> Iterator[None]:
 class Unwatched:
     """Kernels whose twins read values, where the kernels themselves do not."""
 
-    def __init__(self, kernels: Kernels) -> None:
-        self.name = kernels.name
+    def __init__(self, kernels: Any) -> None:
         self._kernels = kernels
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._kernels, name)
+        found = getattr(self._kernels, name)
+        if name == "fused" and found is not None:
+            return Unwatched(found)
+        if not callable(found):
+            return found
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with _Watching.paused():
-                return method(*args, **kwargs)
+                return found(*args, **kwargs)
 
         return call
 

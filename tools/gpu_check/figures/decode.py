@@ -33,6 +33,15 @@ def run(rig: Rig) -> Figures:
     yield make_row("decode: ready to run", first_s, "s", note=f"kernels compiled or found compiled, graphs captured {note}")
     if sizes:
         yield make_row("graph capture", 1e3 * again_s / len(sizes), "ms", note=f"each, {note}: a second start, nothing compiled")
+    for size, seconds in runner.timed.items():
+        kept = min(seconds, key=seconds.__getitem__)
+        yield make_row(
+            f"decode graph, batch {size}: linear layers fused with what is beside them",
+            1e3 * seconds["fused"],
+            "ms",
+            baseline=1e3 * seconds["separate"],
+            note=f"no context; baseline: matrix products and kernels one by one; kept: {kept}",
+        )
     for batch, context in rig.loads.decode:
         fitting = min(batch, len(rig.kv_blocks()) // rig.num_blocks_of(context))
         if not fitting:
