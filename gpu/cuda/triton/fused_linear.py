@@ -1,33 +1,33 @@
 """Linear layers of a few rows: the weights read once, in the order they lie, and everything around them done on the way.
 
-A program makes a few columns of all rows. Its threads hold running products of their own, which are added up once, at the end;
-the length of a row that is to be normalised is found in the same pass and applied to the sum. No tensor cores: with so few rows a
-weight is used once or twice a byte, and what counts is how many loads are under way. Small programs, many of them resident, see
-to that.
+A program makes a few columns of all rows. Its threads hold running sums of their own, which are added up once, at the end; the
+length of a row that is to be normalised is found in the same pass and applied to the sum. No tensor cores: a weight is used once
+for each row, and what counts is how many loads are under way. Small programs, many of them resident, see to that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton.language as tl
 from torch import Tensor
 
 from gpu.cuda.kernels.checks import check_linear
-from gpu.cuda.triton.compiler import kernel, power_of_two
+from gpu.cuda.triton.compiler import inlined, kernel, power_of_two
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Of the weights that a program has in its registers at a time."""
+    """What a program makes, and by how many threads: a power of two each, the latter at least 32."""
 
-    columns: int  # of the result
-    step: int  # along a row of weights
-    num_warps: int = 4
+    columns: int
+    threads: int = 128
 
 
-_TILE = Tile(4, 1024)
-_GATED_TILE = Tile(2, 1024)  # of either half
+_RUN = 8  # weights that a thread takes at a time: 16 bytes of bfloat16
+_TILE = Tile(4)
+_GATED_TILE = Tile(2)  # of either half
 
 
 class TritonFusedLinear:
@@ -69,11 +69,18 @@ def _launch(
         WIDTH=width,
         ROWS=power_of_two(num_rows),
         COLUMNS=tile.columns,
-        STEP=min(tile.step, power_of_two(width)),
+        THREADS=tile.threads,
+        RUN=_RUN,
         HAS_NORM=norm is not None,
         IS_GATED=is_gated,
-        num_warps=tile.num_warps,
+        num_warps=tile.threads // 32,
     )
+
+
+@inlined
+def _side_by_side(values: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr, RUN: tl.constexpr) -> Any:
+    """[rows or 1, columns or 1, THREADS, RUN] as [ROWS * COLUMNS * THREADS, RUN]: every thread repeats what it has."""
+    return tl.reshape(tl.broadcast_to(values, [ROWS, COLUMNS, THREADS, RUN]), [ROWS * COLUMNS * THREADS, RUN])
 
 
 @kernel("num_rows", "num_columns")
@@ -88,41 +95,54 @@ def _linear(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
+    THREADS: tl.constexpr,
+    RUN: tl.constexpr,
     HAS_NORM: tl.constexpr,
     IS_GATED: tl.constexpr,
 ) -> None:
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    rows = tl.arange(0, ROWS)
-    steps = tl.arange(0, STEP)[None, None, :]
-    is_column = (columns < num_columns)[None, :, None]
-    is_row = (rows < num_rows)[:, None, None]
-    own_weights = weight + columns.to(tl.int64)[None, :, None] * WIDTH + steps
-    own_rows = x + rows[:, None, None] * WIDTH + steps
-    sums = tl.zeros([ROWS, COLUMNS, STEP], tl.float32)
-    ups = tl.zeros([ROWS, COLUMNS, STEP], tl.float32)
-    squares = tl.zeros([ROWS, 1, STEP], tl.float32)
-    for start in range(0, WIDTH, STEP):
-        is_inside = start + steps < WIDTH
-        wanted = is_column & is_inside
-        factors = tl.load(own_weights + start, mask=wanted, other=0.0).to(tl.float32)
-        values = tl.load(own_rows + start, mask=is_row & is_inside, other=0.0).to(tl.float32)
+    # Every array is [n * THREADS, RUN], and what is at place i belongs to thread i % THREADS: nothing changes hands in the loop.
+    first = tl.program_id(0) * COLUMNS
+    runs = tl.arange(0, RUN)[None, :]
+    norm_at = tl.arange(0, THREADS)[:, None] * RUN + runs
+    x_parts = tl.arange(0, ROWS * THREADS)
+    x_at = (x_parts % THREADS)[:, None] * RUN + runs
+    is_row = (x_parts // THREADS < num_rows)[:, None]
+    own_rows = x + (x_parts // THREADS)[:, None] * WIDTH + x_at
+    weight_parts = tl.arange(0, COLUMNS * THREADS)
+    weight_at = (weight_parts % THREADS)[:, None] * RUN + runs
+    own_columns = (first + weight_parts // THREADS)[:, None]
+    own_weights = weight + own_columns.to(tl.int64) * WIDTH + weight_at
+    sums = tl.zeros([ROWS * COLUMNS * THREADS], tl.float32)
+    ups = tl.zeros([ROWS * COLUMNS * THREADS], tl.float32)
+    squares = tl.zeros([ROWS * THREADS], tl.float32)
+    for start in range(0, WIDTH, THREADS * RUN):
+        wanted = (own_columns < num_columns) & (start + weight_at < WIDTH)
+        factors = tl.load(own_weights + start, mask=wanted, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        values = tl.load(own_rows + start, mask=is_row & (start + x_at < WIDTH), other=0.0).to(tl.float32)
         if HAS_NORM:
-            squares += values * values
-            values *= tl.load(norm + start + steps, mask=is_inside, other=0.0).to(tl.float32)
-        sums += values * factors
+            squares += tl.sum(values * values, axis=1)
+            scales = tl.load(norm + start + norm_at, mask=start + norm_at < WIDTH, other=0.0).to(tl.float32)
+            values *= _side_by_side(scales[None, None, :, :], ROWS, 1, THREADS, RUN)
+        values = _side_by_side(tl.reshape(values, [ROWS, 1, THREADS, RUN]), ROWS, COLUMNS, THREADS, RUN)
+        factors = _side_by_side(tl.reshape(factors, [1, COLUMNS, THREADS, RUN]), ROWS, COLUMNS, THREADS, RUN)
+        sums += tl.sum(values * factors, axis=1)
         if IS_GATED:
-            factors = tl.load(own_weights + num_columns.to(tl.int64) * WIDTH + start, mask=wanted, other=0.0).to(tl.float32)
-            ups += values * factors
+            below = own_weights + num_columns.to(tl.int64) * WIDTH + start
+            factors = tl.load(below, mask=wanted, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            factors = _side_by_side(tl.reshape(factors, [1, COLUMNS, THREADS, RUN]), ROWS, COLUMNS, THREADS, RUN)
+            ups += tl.sum(values * factors, axis=1)
 
-    result = tl.sum(sums, axis=2)
+    result = tl.sum(tl.reshape(sums, [ROWS, COLUMNS, THREADS]), axis=2)
     if HAS_NORM:
-        shrink = tl.rsqrt(tl.sum(squares, axis=2) / WIDTH + eps)  # [ROWS, 1]
+        shrink = tl.rsqrt(tl.sum(tl.reshape(squares, [ROWS, THREADS]), axis=1) / WIDTH + eps)[:, None]
         result *= shrink
         if IS_GATED:
-            result = result / (1.0 + tl.exp(-result)) * (tl.sum(ups, axis=2) * shrink)
-    target = out + rows[:, None] * num_columns + columns[None, :]
-    wanted = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+            up = tl.sum(tl.reshape(ups, [ROWS, COLUMNS, THREADS]), axis=2) * shrink
+            result = result / (1.0 + tl.exp(-result)) * up
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = (first + tl.arange(0, COLUMNS))[None, :]
+    target = out + rows * num_columns + columns
+    wanted = (rows < num_rows) & (columns < num_columns)
     if not HAS_NORM:
         result += tl.load(target, mask=wanted, other=0.0).to(tl.float32)
     tl.store(target, result.to(out.dtype.element_ty), mask=wanted)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from gpu.cuda.kernels import Geometry, Kernels
+from gpu.cuda.kernels import FusedLinear, Geometry, Kernels
 
 _MAX_CHUNK = 4096  # tokens: longer chunks are cut into the same tiles
 
@@ -15,6 +15,8 @@ _MAX_CHUNK = 4096  # tokens: longer chunks are cut into the same tiles
 def launch_everything(kernels: Kernels, geometry: Geometry, device: torch.device) -> None:
     """Leaves nothing behind but compiled kernels."""
     _launch_rows(kernels, geometry, device)
+    if kernels.fused is not None:
+        _launch_linear(kernels.fused, geometry, device)
     _launch_attention(kernels, geometry, device)
     _launch_blocks(kernels, device)
 
@@ -32,6 +34,21 @@ def _launch_rows(kernels: Kernels, geometry: Geometry, device: torch.device) -> 
     q = torch.zeros((1, g.num_heads, g.head_dim), dtype=g.dtype, device=device)
     slots = torch.zeros(1, dtype=torch.int64, device=device)
     kernels.rope_store(qkv, norm, norm, 1e-6, angles, angles, _pool(g, 1, device), 0, slots, q)
+
+
+def _launch_linear(fused: FusedLinear, geometry: Geometry, device: torch.device) -> None:
+    """One column each: how many there are is not compiled."""
+    g, num_rows = geometry, 1
+    while num_rows <= fused.max_rows:
+        x = torch.zeros((num_rows, g.hidden_size), dtype=g.dtype, device=device)
+        out = torch.zeros((num_rows, 1), dtype=g.dtype, device=device)
+        fused.norm_linear(x, x[0], 1e-6, x[:1], out)
+        fused.norm_linear(x, x[0], 1e-6, x[:1], out.float())
+        fused.norm_silu_mul(x, x[0], 1e-6, torch.zeros((2, g.hidden_size), dtype=g.dtype, device=device), out)
+        for width in (g.num_heads * g.head_dim, g.intermediate_size):
+            inner = torch.zeros((num_rows, width), dtype=g.dtype, device=device)
+            fused.linear_add(inner, inner[:1], out)
+        num_rows *= 2
 
 
 def _launch_attention(kernels: Kernels, geometry: Geometry, device: torch.device) -> None:

@@ -23,6 +23,7 @@ from gpu.cuda.kernels import Geometry
 from gpu.cuda.triton import TritonKernels
 
 _NUM_SMS, _SHARED_BYTES = 132, 227 << 10  # of an H100 or H200; shared memory that one program can have
+_REGISTERS = 64 << 10  # of one multiprocessor
 _DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 GEOMETRY = Geometry(
@@ -55,6 +56,12 @@ class Launch:
         found = re.search(r"STACK:(\d+).*LOCAL:(\d+)", self._dump(path, "-res-usage"))
         assert found
         return int(found[1]) + int(found[2])
+
+    def registers(self, path: Path) -> int:
+        """Per thread."""
+        found = re.search(r"REG:(\d+)", self._dump(path, "-res-usage"))
+        assert found
+        return int(found[1])
 
     def _dump(self, path: Path, what: str) -> str:
         path.write_bytes(self.compiled.asm["cubin"])
@@ -112,6 +119,20 @@ def launch_step(num_seqs: int, max_blocks: int) -> None:
     kernels.silu_mul(empty(num_seqs, 2 * g.intermediate_size), empty(num_seqs, g.intermediate_size))
 
 
+def launch_linear(num_rows: int) -> None:
+    """The linear layers of a decode step of few rows, and the output layer."""
+    g, fused = GEOMETRY, TritonKernels(_NUM_SMS).fused
+    x, inner = empty(num_rows, g.hidden_size), empty(num_rows, g.intermediate_size)
+    heads = g.num_heads * g.head_dim
+    num_qkv = heads + 2 * g.num_kv_heads * g.head_dim
+    fused.norm_linear(x, x[0], 1e-6, empty(num_qkv, g.hidden_size), empty(num_rows, num_qkv))
+    fused.linear_add(empty(num_rows, heads), empty(g.hidden_size, heads), x)
+    fused.norm_silu_mul(x, x[0], 1e-6, empty(2 * g.intermediate_size, g.hidden_size), inner)
+    fused.linear_add(inner, empty(g.hidden_size, g.intermediate_size), x)
+    logits = empty(num_rows, 151_936, dtype=torch.float32)
+    fused.norm_linear(x, x[0], 1e-6, empty(151_936, g.hidden_size), logits)
+
+
 def launch_chunk(num_tokens: int, context_len: int) -> None:
     g, kernels = GEOMETRY, TritonKernels(_NUM_SMS)
     pool = empty(20_000, NUM_LAYERS, 2, g.num_kv_heads, g.block_size, g.head_dim)
@@ -135,6 +156,8 @@ def launch_model() -> None:
     for num_tokens, context_len in [(8192, 8192), (2048, 9000), (513, 1025), (300, 300), (7, 3000)]:
         launch_chunk(num_tokens, context_len)
     launch_transfer(455)
+    for num_rows in (1, 2, 3, 4):
+        launch_linear(num_rows)
 
 
 def test_everything_fits_and_spills_nothing(launches: list[Launch], tmp_path: Path) -> None:
@@ -181,6 +204,30 @@ def test_one_long_context_fills_the_device(launches: list[Launch]) -> None:
     launch_step(1, 2048)
     launch = next(launch for launch in launches if launch.name == "_attend_part")
     assert 2 * _NUM_SMS - 8 < launch.grid[0] * launch.grid[1] * launch.grid[2] <= 2 * _NUM_SMS
+
+
+def test_linear_layers_of_a_few_rows_keep_the_memory_busy(launches: list[Launch], tmp_path: Path) -> None:
+    """Weights come sixteen bytes at a time, past what is kept, enough of them at once for the chip's latency; no thread waits."""
+    for num_rows in (1, 2, 4):
+        launches.clear()
+        launch_linear(num_rows)
+        for launch in launches:
+            loop = _loop(launch.sass(tmp_path / "kernel"))
+            num_loads = len(re.findall(r"LDG\.E\.EF\.128", loop))
+            resident = min(_REGISTERS // (launch.registers(tmp_path / "kernel") * 128), launch.grid[0] // _NUM_SMS)
+            assert num_loads == 4, launch
+            assert resident * num_loads * 128 * 16 >= 40 << 10, (launch, resident)
+            assert not re.search(r"BAR|STS|LDS|SHFL", loop), launch
+
+
+def _loop(sass: str) -> str:
+    """From where the only jump back goes to, to that jump."""
+    places = {int(found[1], 16): found.start() for found in re.finditer(r"/\*([0-9a-f]{4})\*/ ", sass)}
+    jumps = [
+        (int(found[1], 16), int(found[2], 16)) for found in re.finditer(r"/\*([0-9a-f]{4})\*/ .*\bBRA 0x([0-9a-f]+) ;", sass)
+    ]
+    ((end, start),) = ((at, to) for at, to in jumps if to < at)
+    return sass[places[start] : places[end]]
 
 
 def test_copies_move_sixteen_bytes_at_a_time(launches: list[Launch], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ SIZES = [(0, 64, 8), (1, 16, 1), (1, 64, 6), (2, 96, 33), (3, 1000, 5), (4, 1024
 TWIN = TorchFusedLinear()
 
 
-@pytest.fixture(params=[None, Tile(8, 256, 2)], ids=["default", "other"])
+@pytest.fixture(params=[None, Tile(8, 32)], ids=["default", "other"])
 def fused(request: pytest.FixtureRequest) -> FusedLinear:
     return TritonFusedLinear(request.param, request.param) if request.param else TritonFusedLinear()
 
