@@ -29,6 +29,7 @@ LOADS = Loads(
     num_images=2,
     image_size=(64, 64),
     ipc_bytes=1 << 18,
+    linear_bytes=1 << 18,
     max_model_len=256,
     reserve_bytes=1 << 20,
     rounds=2,

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from epd.model.config import load_model_config
+from epd.model.device.runner import DeviceTextRunner
+from gpu.cuda.reference import TorchKernels
 from tests.tools.gpu_check.rigs import FOLDER, LIMITS, LOADS, OPENER, ScriptedTimer, open_rig, rows_of
-from tools.gpu_check.figures import attention, decode, ipc, limits, loading, prefill, vision
+from tools.gpu_check.figures import attention, decode, ipc, limits, linear, loading, prefill, vision
 from tools.gpu_check.figures.counts import (
     chunk_attention_flop,
     decode_weight_bytes,
@@ -75,6 +77,49 @@ def test_shares_of_a_step() -> None:
     assert "KV not counted" in alone[0].get("note", "")
     assert together[0]["value"] == pytest.approx((weights + 12 * 40 * kv) / 1e9)
     assert [row["value"] for row in alone[1:]] == [1000.0, pytest.approx(10.0)]
+
+
+def test_one_row_through_the_products_of_a_layer() -> None:
+    text = load_model_config(FOLDER).text
+    with open_rig() as rig:
+        rig.timer = ScriptedTimer(1e-3)
+        rows = rows_of(linear.run(rig))
+    assert list(rows) == [f"one row: {each.name}" for each in linear.products(text)]
+    for product in linear.products(text):
+        row, num_bytes = rows[f"one row: {product.name}"], product.width * product.num_rows * 4
+        assert row["value"] == pytest.approx(num_bytes * max(2, (1 << 18) // num_bytes) / 1e-3 / 1e9)
+        assert row["ratio"] == 1.0
+    layers = text.num_layers * sum(each.width * each.num_rows for each in linear.products(text))
+    outside = (text.vocab_size + 1) * text.hidden_size
+    norms = text.num_layers * 2 * (text.hidden_size + text.head_dim)
+    assert (layers + outside + norms) * 4 == decode_weight_bytes(load_model_config(FOLDER), 4)
+
+
+def test_a_set_without_fused_layers_says_so() -> None:
+    with open_rig() as rig:
+        rig.backend.kernels = NotFused()
+        (missing,) = linear.run(rig)
+    assert isinstance(missing, Missing)
+
+
+class NotFused(TorchKernels):
+    fused = None  # type: ignore[assignment]
+
+
+def test_decode_graphs_that_were_timed_are_told() -> None:
+    with open_rig() as rig:
+        make_runner = rig.runner
+
+        def runner() -> DeviceTextRunner:
+            made = make_runner()
+            made._decode._graphs.timed[2] = {"separate": 4e-3, "fused": 3e-3}
+            return made
+
+        rig.runner = runner  # type: ignore[method-assign, assignment]
+        row = rows_of(decode.run(rig))["decode graph, batch 2: linear layers fused with what is beside them"]
+    assert row["unit"] == "ms"
+    assert (row["value"], row["ratio"]) == (pytest.approx(3.0), pytest.approx(0.75))
+    assert "kept: fused" in row.get("note", "")
 
 
 def test_a_batch_that_does_not_fit_is_smaller_and_says_so() -> None:

@@ -48,6 +48,7 @@ class Loads:
     num_images: int = 8
     image_size: tuple[int, int] = (1920, 1080)
     ipc_bytes: int = 1 << 30
+    linear_bytes: int = 1 << 30  # of weights that take turns: none is still in a cache
     max_model_len: int = 32_768
     reserve_bytes: int = 10 << 30  # of the device's memory, for steps and libraries, beside weights and KV
     rounds: int = 9
