@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class Agent:
 
 
 def main() -> None:
+    import_module("nixl_cu12")  # before another process is made
     speed = _measure(GEOMETRIES[0], list(range(GEOMETRIES[0].num_blocks)))
     one = _measure(GEOMETRIES[1], [7])
     found = {"speed": GEOMETRIES[0].num_blocks * GEOMETRIES[0].block_bytes / speed / 1e9, "fixed_s": one}

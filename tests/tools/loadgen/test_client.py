@@ -89,7 +89,6 @@ FAILURES: dict[str, tuple[list[Step], str, str, str]] = {
     "cut before output": ([Send(b": hello\n\n"), Cut()], "failed", "truncated", ""),
     "cut in the middle": ([Send(piece("a")), Send(piece("b")), Cut()], "failed", "truncated", ""),
     "ends early and politely": ([Send(piece("a"))], "failed", "truncated", "after 1 pieces"),
-    "without [DONE]": ([Send(piece("a") + finish())], "failed", "no_done", "[DONE]"),
     "no output": ([Send(finish() + DONE)], "failed", "empty", ""),
     "no JSON": ([Send(piece("a")), Send(event("nonsense"))], "failed", "bad_event", "nonsense"),
     "no object": ([Send(event("[1, 2]"))], "failed", "bad_event", "[1, 2]"),
@@ -105,6 +104,12 @@ async def test_failures_are_told_apart(name: str) -> None:
     assert (record.outcome, record.reason) == (outcome, reason)
     assert detail in record.detail
     assert record.end_s >= record.sent_s
+
+
+async def test_an_answer_without_done_is_whole_and_ends_with_the_body() -> None:
+    (record,) = await ask_all([[Send(piece("a")), Send(finish(), after_s=0.5)]])
+    assert (record.outcome, record.text) == ("ok", "a")
+    assert e2e_s(record) == pytest.approx(0.5)
 
 
 async def test_what_came_before_the_end_is_kept() -> None:

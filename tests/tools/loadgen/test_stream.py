@@ -109,7 +109,6 @@ def test_a_piece_counts_when_its_last_byte_is_there() -> None:
     [
         (piece("") + finish() + DONE, "empty"),
         (piece("a") + DONE, "truncated"),
-        (piece("a") + finish(), "no_done"),
         (piece("a") + event("x"), "bad_event"),
         (event({"error": {"message": "no", "code": "overloaded"}}), "error_event overloaded"),
         (event({"error": "no"}), "error_event"),
@@ -120,6 +119,10 @@ def test_bad_streams(data: bytes, reason: str) -> None:
     with pytest.raises(BadStream) as caught:
         read(data)
     assert caught.value.reason == reason
+
+
+def test_the_finish_reason_ends_an_answer() -> None:
+    assert read(piece("a") + finish()).text == "a"
 
 
 def test_a_last_line_without_an_end_counts() -> None:
