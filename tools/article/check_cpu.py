@@ -2,14 +2,18 @@
 
 One process has all stages and one compute thread, and one user asks: server and load generator then have a core each, and no two
 stages compute at once. With more, a real CPU's stages share caches and cores with everything else on the host, which a profile of
-steps measured alone knows nothing of, and what is compared would be the host's scheduler.
+steps measured alone knows nothing of, and what is compared would be the host's scheduler. The profile is measured right before: a
+shared host is not as fast at noon as it was in the morning.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -32,11 +36,26 @@ from tools.servers import epd_command, free_port, running_server, thread_environ
 
 _RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 _WARMUP = 4
+_PROFILE_TIMEOUT_S = 300.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answers 0 when throughput and median TTFT are within 15 % of each other."""
     args = _parser().parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        args.profile = args.profile or _measured_now(Path(folder) / "cpu.json")
+        return _check(args)
+
+
+def _measured_now(path: Path) -> str:
+    """A profile of this CPU, as `epd serve` uses it with one thread."""
+    words = ["measure", "--device", "cpu", "--num-threads", "1", "--best-of", "2", "--output", str(path)]
+    environment = {**os.environ, **thread_environment(1)}
+    subprocess.run([sys.executable, "-m", "tools.profile_device", *words], env=environment, check=True, timeout=_PROFILE_TIMEOUT_S)
+    return str(path)
+
+
+def _check(args: argparse.Namespace) -> int:
     profile = load_profile(args.profile)
     spec = WorkloadSpec(
         model="tiny",
@@ -100,7 +119,7 @@ async def _measure(args: argparse.Namespace, spec: WorkloadSpec, device: str) ->
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.article.check_cpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--profile", default="cpu-tiny-vl", help="file or name")
+    parser.add_argument("--profile", default="", help="file or name (default: measured now)")
     parser.add_argument("--users", type=int, default=1, help="at once")
     parser.add_argument("--requests", type=int, default=60, help="in all")
     parser.add_argument("--mix", default="text:50,1x480p:50", help="of classes, as the load generator takes it")
