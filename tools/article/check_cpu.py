@@ -51,7 +51,9 @@ def _measured_now(path: Path) -> str:
     """A profile of this CPU, as `epd serve` uses it with one thread."""
     words = ["measure", "--device", "cpu", "--num-threads", "1", "--best-of", "2", "--output", str(path)]
     environment = {**os.environ, **thread_environment(1)}
-    subprocess.run([sys.executable, "-m", "tools.profile_device", *words], env=environment, check=True, timeout=_PROFILE_TIMEOUT_S)
+    subprocess.run(
+        [sys.executable, "-m", "tools.profile_device", *words], env=environment, check=True, timeout=_PROFILE_TIMEOUT_S
+    )
     return str(path)
 
 
