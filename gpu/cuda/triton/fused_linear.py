@@ -31,7 +31,7 @@ _GATED_TILE = Tile(2)  # of either half
 
 
 class TritonFusedLinear:
-    """`gpu.cuda.kernels.FusedLinear`. Rows of weights are of any width; best are multiples of the tile's step."""
+    """`gpu.cuda.kernels.FusedLinear`. Rows of weights are of any width; multiples of 8 come sixteen bytes at a time."""
 
     max_rows = 4
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gpu.cuda.kernels import Geometry, Kernels
-from gpu.cuda.reference import sum64_rows
+from gpu.cuda.reference import TorchFusedLinear, sum64_rows
+from gpu.cuda.triton.fused_linear import TritonFusedLinear
 from tests.gpu.cuda.triton.cases.inputs import QWEN3_VL_8B, assert_close
 
 pytestmark = pytest.mark.gpu
@@ -73,6 +74,31 @@ def test_chunks_of_a_long_prompt(
         expected = torch.empty_like(part)
         twin.chunk_attention(part, pool, 35, table, context_len - num_tokens + start + len(part), SCALE, expected)
         assert_close(out[start : start + 512], expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4])
+def test_linear_layers_of_a_few_rows(device: torch.device, num_rows: int) -> None:
+    fused, twin = TritonFusedLinear(), TorchFusedLinear()
+    torch.manual_seed(4)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16, device=device)
+
+    x, norm, out, width = random(num_rows, 4096), random(4096), random(num_rows, 4096), 4096**-0.5
+    made, expected = torch.empty(2, num_rows, 6144, dtype=torch.bfloat16, device=device)
+    weight = width * random(6144, 4096)
+    fused.norm_linear(x, norm, 1e-6, weight, made)
+    twin.norm_linear(x, norm, 1e-6, weight, expected)
+    assert_close(made, expected)
+    inner, expected = torch.empty(2, num_rows, 12288, dtype=torch.bfloat16, device=device)
+    weight = width * random(2 * 12288, 4096)
+    fused.norm_silu_mul(x, norm, 1e-6, weight, inner)
+    twin.norm_silu_mul(x, norm, 1e-6, weight, expected)
+    assert_close(inner, expected)
+    weight, expected = 12288**-0.5 * random(4096, 12288), out.clone()
+    fused.linear_add(inner, weight, out)
+    twin.linear_add(inner, weight, expected)
+    assert_close(out, expected)
 
 
 def test_blocks_of_two_megabytes(kernels: Kernels, device: torch.device, pool: Tensor) -> None:
