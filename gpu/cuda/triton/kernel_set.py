@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from gpu.cuda.kernels import Geometry
+from gpu.cuda.kernels import FusedLinear, Geometry
 from gpu.cuda.triton.chunk_attention import chunk_attention
 from gpu.cuda.triton.copy_blocks import copy_blocks, hash_blocks
 from gpu.cuda.triton.fused_linear import TritonFusedLinear
@@ -16,7 +17,7 @@ from gpu.cuda.triton.norm import add_rms_norm, rms_norm
 from gpu.cuda.triton.paged_attention import paged_attention, workspace_floats
 from gpu.cuda.triton.rope_store import rope_store
 from gpu.cuda.triton.silu_mul import silu_mul
-from gpu.cuda.triton.warm_up import launch_everything
+from gpu.cuda.triton.warm_up import launch_everything, launch_linear
 
 
 class TritonKernels:
@@ -27,15 +28,24 @@ class TritonKernels:
     """
 
     name = "triton"
-    fused = TritonFusedLinear()
 
     def __init__(self, num_sms: int = 0) -> None:
+        self.fused: FusedLinear | None = TritonFusedLinear()
         self._num_sms = num_sms or torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
     def warm_up(self, geometry: Geometry, device: torch.device) -> None:
-        """See `gpu.cuda.kernels.Kernels`. A few seconds, less once Triton has this geometry in its cache on disk."""
+        """See `gpu.cuda.kernels.Kernels`. A few seconds, less once Triton has this geometry in its cache on disk.
+
+        Fused layers are a gain that nobody depends on: where they cannot be compiled, the set goes on without them, and says so.
+        """
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             launch_everything(self, geometry, device)
+            if self.fused is not None:
+                try:
+                    launch_linear(self.fused, geometry, device)
+                except Exception as error:  # whatever a compiler comes up with; a device that has failed fails again below
+                    warnings.warn(f"no fused linear layers: {error}", RuntimeWarning, stacklevel=2)
+                    self.fused = None
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 

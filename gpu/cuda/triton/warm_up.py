@@ -15,8 +15,6 @@ _MAX_CHUNK = 4096  # tokens: longer chunks are cut into the same tiles
 def launch_everything(kernels: Kernels, geometry: Geometry, device: torch.device) -> None:
     """Leaves nothing behind but compiled kernels."""
     _launch_rows(kernels, geometry, device)
-    if kernels.fused is not None:
-        _launch_linear(kernels.fused, geometry, device)
     _launch_attention(kernels, geometry, device)
     _launch_blocks(kernels, device)
 
@@ -36,7 +34,7 @@ def _launch_rows(kernels: Kernels, geometry: Geometry, device: torch.device) -> 
     kernels.rope_store(qkv, norm, norm, 1e-6, angles, angles, _pool(g, 1, device), 0, slots, q)
 
 
-def _launch_linear(fused: FusedLinear, geometry: Geometry, device: torch.device) -> None:
+def launch_linear(fused: FusedLinear, geometry: Geometry, device: torch.device) -> None:
     """One column each: how many there are is not compiled."""
     g, num_rows = geometry, 1
     while num_rows <= fused.max_rows:

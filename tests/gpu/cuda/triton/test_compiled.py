@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from gpu.cuda.kernels import Geometry
 from gpu.cuda.triton import TritonKernels
+from gpu.cuda.triton.fused_linear import TritonFusedLinear
 
 _NUM_SMS, _SHARED_BYTES = 132, 227 << 10  # of an H100 or H200; shared memory that one program can have
 _REGISTERS = 64 << 10  # of one multiprocessor
@@ -121,7 +122,7 @@ def launch_step(num_seqs: int, max_blocks: int) -> None:
 
 def launch_linear(num_rows: int) -> None:
     """The linear layers of a decode step of few rows, and the output layer."""
-    g, fused = GEOMETRY, TritonKernels(_NUM_SMS).fused
+    g, fused = GEOMETRY, TritonFusedLinear()
     x, inner = empty(num_rows, g.hidden_size), empty(num_rows, g.intermediate_size)
     heads = g.num_heads * g.head_dim
     num_qkv = heads + 2 * g.num_kv_heads * g.head_dim
@@ -176,6 +177,20 @@ def test_after_the_warm_up_nothing_is_compiled(launches: list[Launch]) -> None:
     launch_model()
     assert launches
     assert {launch.name for launch in launches if launch.compiled.hash not in warm} == set()
+
+
+def test_a_set_whose_fused_layers_cannot_be_compiled_goes_without(
+    launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(TritonFusedLinear, "linear_add", fail)
+    kernels = TritonKernels(_NUM_SMS)
+    with pytest.warns(RuntimeWarning, match="no fused linear layers: no such instruction"):
+        kernels.warm_up(GEOMETRY, torch.device("meta"))
+    assert kernels.fused is None
+    assert "_attend_part" in {launch.name for launch in launches}
 
 
 def test_float32_fits(launches: list[Launch]) -> None:
