@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the virtual environment: install.sh FOLDER EXTRAS DEVICE, as in `install.sh .venv test,bench cpu`; EXTRAS may be empty.
 #
-# Finds Python 3.11 or 3.12 itself (PYTHON=... overrides), installs exactly what constraints.txt pins, and shows one line of
+# Finds Python 3.11 to 3.14 itself (PYTHON=... overrides), installs exactly what constraints.txt pins, and shows one line of
 # progress. Whole pip output: FOLDER/install.log.
 set -euo pipefail
 
@@ -12,21 +12,21 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_INPUT=
 say() { printf 'epd: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-is_usable() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+is_usable() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; }
 
 find_python() {
     local name
-    for name in ${PYTHON:-python3.12 python3.11 python3 /usr/bin/python3.12 /usr/bin/python3.11 /usr/bin/python3}; do
+    for name in ${PYTHON:-python3 python3.13 python3.12 python3.14 python3.11 /usr/bin/python3}; do
         if is_usable "$name" && "$name" -c 'import ensurepip, venv' 2>/dev/null; then echo "$name"; return; fi
     done
-    for name in ${PYTHON:-python3.12 python3.11 python3}; do
+    for name in ${PYTHON:-python3 python3.13 python3.12 python3.14 python3.11}; do
         is_usable "$name" || continue
         if "$name" -m pip --version >/dev/null 2>&1; then echo "$name"; return; fi
         name=python$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
         die "$name cannot make virtual environments here. Install its module once, then run this again: sudo apt-get install $name-venv"
     done
-    die "Python 3.11 or 3.12 is needed. Install one, then run this again: sudo apt-get install python3.11 python3.11-venv (Debian 12)" \
-        "or python3.12 python3.12-venv (Ubuntu 24.04); PYTHON=/path/to/python names another."
+    die "Python 3.11 to 3.14 is needed. Install one, then run this again: sudo apt-get install python3 python3-venv" \
+        "(Debian 12, Ubuntu 24.04 and later); PYTHON=/path/to/python names another."
 }
 
 make_venv() {

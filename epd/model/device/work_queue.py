@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -105,6 +106,7 @@ class CudaQueue:
         self.device = device
         self._side: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def host_memory(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
@@ -128,7 +130,8 @@ class CudaQueue:
             current = torch.cuda.current_stream()
             if self._side is None:
                 self._side = torch.cuda.Stream(priority=current.priority)
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            if not self._graphs:  # torch takes a pool that all graphs have left for gone
+                self._pool = torch.cuda.graph_pool_handle()
             self._side.wait_stream(current)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(self._side):
@@ -139,6 +142,7 @@ class CudaQueue:
                 finally:
                     graph.capture_end()
             current.wait_stream(self._side)
+        self._graphs.add(graph)
         return graph.replay
 
     def synchronize(self) -> None:

