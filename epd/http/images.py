@@ -27,6 +27,7 @@ MAX_DOWNLOAD_S = 20.0
 MAX_DOWNLOADS = 8  # at once, over all requests
 
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # of a host's last label: such a host is an address, says the URL standard
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 Allowed = Callable[[str], bool]
@@ -130,6 +131,8 @@ class ImageFetcher:
         try:
             address = str(ipaddress.ip_address(host))
         except ValueError:
+            if _NUMBER.fullmatch(host.rstrip(".").rpartition(".")[2]):  # what it stands for is settled where nobody checks it
+                raise BadImage("an address must be written in full, as 192.0.2.1 or [2001:db8::1]") from None
             return  # a name: the resolver checks what it stands for
         if not self._address_allowed(address):
             raise BadImage("that address is not on the public internet")

@@ -173,6 +173,15 @@ async def test_an_allowed_host_on_this_machine_is_refused_unless_addresses_are_a
     assert not asked
 
 
+@pytest.mark.parametrize("host", ["2130706433", "0x7f.1", "127.1", "127.0.0.1.", "0x"])
+async def test_an_address_in_another_notation_is_refused_without_a_look_up(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    async def look_up(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("looked up")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+    assert "written in full" in await refusal(ImageFetcher([host]), f"http://{host}/x.png")
+
+
 async def test_the_address_that_was_checked_is_the_one_connected_to(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name is looked up once per download, however often its answer changes."""
 

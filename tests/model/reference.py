@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from epd.model.config import ModelConfig, load_model_config
@@ -324,6 +325,21 @@ class Running:
         self.computed += self._in_step
         if token is not None:
             self.output.append(token)
+
+
+def image_rows(output: Any, num_tokens: Sequence[int]) -> list[Tensor]:
+    """Of what `get_image_features` answers, per image [num_tokens, embedding_width].
+
+    Releases of transformers differ in whether the rows of all images are one tensor.
+    """
+    parts = (output.pooler_output, *output.deepstack_features)
+    together = torch.cat([part if isinstance(part, Tensor) else torch.cat(tuple(part)) for part in parts], dim=1)
+    return list(together.split(list(num_tokens)))
+
+
+def half_image_rows(rows: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """One of the parts of such an answer, in bfloat16."""
+    return rows.bfloat16() if isinstance(rows, Tensor) else tuple(each.bfloat16() for each in rows)
 
 
 def png(random: np.random.Generator, width: int, height: int, mode: str = "RGB", format: str = "PNG") -> bytes:

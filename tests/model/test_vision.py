@@ -11,7 +11,7 @@ import torch
 
 from epd.model.preprocess import image_grid, preprocess
 from epd.model.vision import VisionModel
-from tests.model.reference import VL_NAMES, Model, png
+from tests.model.reference import VL_NAMES, Model, image_rows, png
 
 Floats = npt.NDArray[np.float32]
 
@@ -47,5 +47,4 @@ def _both(model: Model, sizes: list[tuple[int, int]], seed: int = 0) -> tuple[li
     ours = VisionModel(model.config.vision, model.vision_weights).forward(patches, grids)
     with torch.no_grad():
         output = model.reference.model.get_image_features(torch.from_numpy(np.concatenate(patches)), torch.tensor(grids))
-    parts = zip(output.pooler_output, *output.deepstack_features, strict=True)
-    return ours, [torch.cat(list(part), dim=1).numpy() for part in parts]
+    return ours, [rows.numpy() for rows in image_rows(output, [len(rows) for rows in ours])]

@@ -17,7 +17,7 @@ from epd.model.device.text import Inputs
 from epd.step import EmbeddingSpan, SampleRequest, SequenceStep, StepPlan
 from protocol.messages import Token
 from tests.model.device.engine import CastWeights, DeviceEngine, Target
-from tests.model.reference import CASE_NAMES, VL_NAMES, Model, Prompt, Running
+from tests.model.reference import CASE_NAMES, VL_NAMES, Model, Prompt, Running, half_image_rows
 
 ModelOf = Callable[[str], Model]
 OpenEngine = Callable[..., DeviceEngine]
@@ -193,8 +193,8 @@ def _half_reference_logits(model: Model, prompt: Prompt) -> Floats:
     inputs: dict[str, Any] = dict(model.reference_inputs(prompt))
     if prompt.items:
         features = model.reference.model.get_image_features(inputs.pop("pixel_values"), inputs["image_grid_thw"])
-        features.pooler_output = tuple(each.bfloat16() for each in features.pooler_output)
-        features.deepstack_features = [tuple(each.bfloat16() for each in layer) for layer in features.deepstack_features]
+        features.pooler_output = half_image_rows(features.pooler_output)
+        features.deepstack_features = [half_image_rows(layer) for layer in features.deepstack_features]
         inputs["mm_encoder_outputs"] = {"image": features}
     return np.asarray(half(**inputs).logits[0].float().numpy())
 

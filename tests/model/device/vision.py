@@ -16,7 +16,7 @@ from epd.model.preprocess import Grid, image_grid, num_image_tokens, preprocess
 from epd.step import ImageInput
 from gpu.deferred import Deferred, Now
 from tests.model.device.engine import Target
-from tests.model.reference import Model, png
+from tests.model.reference import Model, image_rows, png
 
 BLOCK_ROWS = 4
 SIZES = ((64, 64), (37, 91), (8, 200), (37, 91), (30, 30))
@@ -42,8 +42,7 @@ def reference_rows(model: Model, images: Sequence[ImageInput], dtype: torch.dtyp
         output = tower.get_image_features(
             torch.from_numpy(np.concatenate(patches)).to(dtype), torch.tensor([image.grid for image in images])
         )
-    parts = zip(output.pooler_output, *output.deepstack_features, strict=True)
-    return [torch.cat(list(part), dim=1).float() for part in parts]
+    return [rows.float() for rows in image_rows(output, [image.num_tokens for image in images])]
 
 
 @dataclass
