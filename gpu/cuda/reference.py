@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gpu.cuda.kernels import Geometry
+from gpu.cuda.kernels import Chunks, Geometry
 from gpu.cuda.kernels.checks import (
     check_chunk_attention,
+    check_chunks_attention,
     check_copy_blocks,
     check_gather_kv,
     check_hash_blocks,
@@ -122,6 +123,12 @@ class TorchKernels:
         check_chunk_attention(q, kv_pool, layer, block_table, context_len, out)
         k, v = _context(kv_pool, layer, block_table, context_len)
         out.copy_(_attention(q, k, v, scale))
+
+    def chunks_attention(self, q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor) -> None:
+        check_chunks_attention(q, kv_pool, layer, chunks, out)
+        for (start, num_tokens, context_len), block_table in zip(chunks.spans.t().tolist(), chunks.block_tables, strict=True):
+            part = slice(start, start + num_tokens)
+            self.chunk_attention(q[part], kv_pool, layer, block_table, context_len, scale, out[part])
 
     def gather_kv(self, kv_pool: Tensor, layer: int, block_table: Tensor, num_tokens: int, k_out: Tensor, v_out: Tensor) -> None:
         check_gather_kv(kv_pool, layer, block_table, num_tokens, k_out, v_out)

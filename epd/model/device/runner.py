@@ -23,9 +23,10 @@ from epd.model.device.decode_steps import DecodeSteps
 from epd.model.device.graphs import GraphOptions
 from epd.model.device.inputs import Layout, Staging
 from epd.model.device.sampler import Logprobs, is_greedy, sample
-from epd.model.device.text import ChunkInputs, DeviceTextModel, Inputs
+from epd.model.device.text import DeviceTextModel, Inputs
 from epd.model.device.work_queue import Mark, WorkQueue, open_queue
 from epd.step import PENDING, EmbeddingSpan, SampleRequest, StepOutput, StepPlan
+from gpu.cuda.kernels import Chunks
 from gpu.deferred import Deferred
 from protocol.messages import RequestId, Sampling, Token, TokenLogprob
 
@@ -148,8 +149,9 @@ class DeviceTextRunner:
             "block_tables": batch.block_tables,
             "context_lens": batch.context_lens,
             "sampled_rows": batch.sampled_rows,
-            **{f"table {i}": chunk.block_table for i, chunk in enumerate(batch.chunks)},
         }
+        if batch.chunks:
+            arrays["chunk_spans"], arrays["chunk_tables"] = _chunk_arrays(batch.chunks)
         layout = Layout({name: (_TORCH_DTYPES[array.dtype.type], array.shape) for name, array in arrays.items()})
         staged = self._staging.begin(layout)
         for name, array in arrays.items():
@@ -161,9 +163,7 @@ class DeviceTextRunner:
             slots=sent["slots"],
             block_tables=sent["block_tables"],
             context_lens=sent["context_lens"],
-            chunks=tuple(
-                ChunkInputs(chunk.start, chunk.end, chunk.context_len, sent[f"table {i}"]) for i, chunk in enumerate(batch.chunks)
-            ),
+            chunks=_chunks(batch.chunks, sent) if batch.chunks else None,
             embeddings=tuple(rows),
             sampled_rows=None if all_sampled else sent["sampled_rows"],
             has_pending=has_pending,
@@ -252,6 +252,21 @@ def _point_at_drawn(plan: StepPlan, batch: Batch, row_of: dict[RequestId, int]) 
             raise ValueError(f"{named} is to go on with a token that the last step did not draw")
         batch.token_ids[row] = -1 - row_of[singles[row].request_id]
     return True
+
+
+def _chunk_arrays(chunks: Sequence[Chunk]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """`spans` and `block_tables` of `gpu.cuda.kernels.Chunks`."""
+    first = chunks[0].start
+    spans = np.array([(chunk.start - first, chunk.end - chunk.start, chunk.context_len) for chunk in chunks], np.int32)
+    tables = np.zeros((len(chunks), max(len(chunk.block_table) for chunk in chunks)), np.int32)
+    for row, chunk in zip(tables, chunks, strict=True):
+        row[: len(chunk.block_table)] = chunk.block_table
+    return np.ascontiguousarray(spans.T), tables
+
+
+def _chunks(chunks: Sequence[Chunk], sent: Mapping[str, Tensor]) -> Chunks:
+    lens = tuple(chunk.end - chunk.start for chunk in chunks)
+    return Chunks(lens, tuple(chunk.context_len for chunk in chunks), sent["chunk_spans"], sent["chunk_tables"])
 
 
 def _fetch(queue: WorkQueue, values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from epd.model.config import ModelConfig, TextConfig
 from epd.model.device.buffers import Buffers, Rows
 from epd.model.rope import rope_frequencies
 from epd.model.shapes import text_prefix
-from gpu.cuda.kernels import Geometry, Kernels
+from gpu.cuda.kernels import Chunks, Geometry, Kernels
 
 
 class TensorSource(Protocol):
@@ -37,16 +37,6 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkInputs:
-    """One sequence's rows [start, end) of a batch, of which `context_len` tokens have KV once the rows' own is stored."""
-
-    start: int
-    end: int
-    context_len: int
-    block_table: Tensor  # int32 [>= blocks of context_len]
-
-
-@dataclass(frozen=True, slots=True)
 class Inputs:
     """A batch on the device: rows of sequences with one new token first, then the rows of each chunk."""
 
@@ -55,7 +45,7 @@ class Inputs:
     slots: Tensor  # int64 [T]; -1 for a row of padding
     block_tables: Tensor  # int32 [S, max_blocks] of the first S rows
     context_lens: Tensor  # int32 [S]; 0 for a row of padding
-    chunks: tuple[ChunkInputs, ...] = ()
+    chunks: Chunks | None = None  # of the rows behind those
     embeddings: tuple[tuple[int, Tensor], ...] = ()  # first row, [n, (1 + num_deepstack) * hidden]
     sampled_rows: Tensor | None = None  # int64 [num_sampled]; None: all rows, in order
     has_pending: bool = True  # whether a token id may be below zero
@@ -186,9 +176,13 @@ class DeviceTextModel:
         if count := len(inputs.context_lens):
             q, out = rows.q[:count], rows.attended_heads[:count]
             self.kernels.paged_attention(q, kv_pool, layer, inputs.block_tables, inputs.context_lens, self._scale, out, workspace)
-        for chunk in inputs.chunks:
-            q, out = rows.q[chunk.start : chunk.end], rows.attended_heads[chunk.start : chunk.end]
-            self.kernels.chunk_attention(q, kv_pool, layer, chunk.block_table, chunk.context_len, self._scale, out)
+        if (chunks := inputs.chunks) is None:
+            return
+        q, out = rows.q[count:], rows.attended_heads[count:]
+        if len(chunks.lens) == 1:
+            self.kernels.chunk_attention(q, kv_pool, layer, chunks.block_tables[0], chunks.context_lens[0], self._scale, out)
+        else:
+            self.kernels.chunks_attention(q, kv_pool, layer, chunks, self._scale, out)
 
     def _feed_forward(self, layer: _Layer, rows: Rows) -> None:
         """From attended heads to the layer's end: x gains the attention's output, `delta` holds what x is still to gain."""

@@ -2,7 +2,7 @@
 
 Sets of kernels: `gpu.cuda.reference.TorchKernels` (plain torch, the twin that tests compare with), `NumbaKernels` here beside,
 and whatever else is written behind the same interface. All take torch tensors, run on torch's current stream, check shapes,
-dtypes and strides on the host, never read a value of the device, never wait for it, and, but for `chunk_attention`, never
+dtypes and strides on the host, never read a value of the device, never wait for it, and, but for attention of chunks, never
 allocate: so they can be captured in a CUDA graph after one call with the same shapes.
 
 T tokens, S sequences, D head_dim. `dtype` below is one dtype for a whole call: bfloat16 on a device, also float32 in tests.
@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["FusedLinear", "Geometry", "Kernels"]
+__all__ = ["Chunks", "FusedLinear", "Geometry", "Kernels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,16 @@ class Geometry:
     head_dim: int
     block_size: int
     has_qk_norm: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The last tokens of several sequences. The rows of each follow those of the one before it."""
+
+    lens: tuple[int, ...]  # tokens
+    context_lens: tuple[int, ...]  # no less than `lens`
+    spans: Tensor  # int32 [3, C], the same for the device: where each one's rows begin, lens, context_lens
+    block_tables: Tensor  # int32 [C, >= ceil(longest context / block_size)], its rows may lie apart
 
 
 class FusedLinear(Protocol):
@@ -155,6 +165,12 @@ class Kernels(Protocol):
 
         q, out: dtype [T, Hq, D]; block_table: int32 [>= ceil(context_len / block_size)]; context_len >= T. May take temporary
         memory from torch's allocator.
+        """
+
+    def chunks_attention(self, q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor) -> None:
+        """`chunk_attention` of each of several sequences, for when they are too short to fill a device one by one.
+
+        q, out: dtype [sum of lens, Hq, D]. What `spans` says to the device and `lens` to the host must be the same.
         """
 
     def gather_kv(self, kv_pool: Tensor, layer: int, block_table: Tensor, num_tokens: int, k_out: Tensor, v_out: Tensor) -> None:

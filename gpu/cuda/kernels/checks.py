@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpu.cuda.kernels import Chunks
+
 FLOATS = (torch.bfloat16, torch.float32)
 
 
@@ -102,11 +104,7 @@ def check_paged_attention(
     check_pool(kv_pool, layer)
     _check_queries(q, kv_pool, out)
     num_seqs = q.shape[0]
-    _expect_dims(block_tables, 2, "block_tables")
-    if len(block_tables) != num_seqs:
-        raise ValueError(f"{len(block_tables)} block tables for {num_seqs} sequences")
-    if block_tables.numel():
-        expect(block_tables[:1], (1, block_tables.shape[1]), torch.int32, "a row of block_tables", like=kv_pool)
+    _check_tables(block_tables, num_seqs, kv_pool)
     expect(context_lens, (num_seqs,), torch.int32, "context_lens", like=kv_pool)
     expect(workspace, (workspace.numel(),), torch.float32, "workspace", like=kv_pool)
     if workspace.numel() < workspace_floats:
@@ -119,6 +117,21 @@ def check_chunk_attention(q: Tensor, kv_pool: Tensor, layer: int, block_table: T
     if context_len < len(q):
         raise ValueError(f"a context of {context_len} cannot end with {len(q)} tokens")
     _check_table(block_table, kv_pool, context_len)
+
+
+def check_chunks_attention(q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, out: Tensor) -> None:
+    check_pool(kv_pool, layer)
+    _check_queries(q, kv_pool, out)
+    lens, context_lens, tables = chunks.lens, chunks.context_lens, chunks.block_tables
+    if sum(lens) != len(q):
+        raise ValueError(f"{sum(lens)} tokens in chunks, and {len(q)} queries")
+    for num_tokens, context_len in zip(lens, context_lens, strict=True):
+        if context_len < num_tokens:
+            raise ValueError(f"a context of {context_len} cannot end with {num_tokens} tokens")
+    expect(chunks.spans, (3, len(lens)), torch.int32, "spans", like=kv_pool)
+    _check_tables(tables, len(lens), kv_pool)
+    if tables.shape[1] * kv_pool.shape[4] < max(context_lens, default=0):
+        raise ValueError(f"{max(context_lens)} tokens do not lie in {tables.shape[1]} blocks of {kv_pool.shape[4]}")
 
 
 def check_gather_kv(kv_pool: Tensor, layer: int, block_table: Tensor, num_tokens: int, k_out: Tensor, v_out: Tensor) -> None:
@@ -170,6 +183,14 @@ def _check_table(block_table: Tensor, kv_pool: Tensor, num_tokens: int) -> None:
     expect(block_table, (block_table.numel(),), torch.int32, "block_table", like=kv_pool)
     if num_tokens < 0 or block_table.numel() * kv_pool.shape[4] < num_tokens:
         raise ValueError(f"{num_tokens} tokens do not lie in {block_table.numel()} blocks of {kv_pool.shape[4]}")
+
+
+def _check_tables(block_tables: Tensor, num_seqs: int, kv_pool: Tensor) -> None:
+    _expect_dims(block_tables, 2, "block_tables")
+    if len(block_tables) != num_seqs:
+        raise ValueError(f"{len(block_tables)} block tables for {num_seqs} sequences")
+    if block_tables.numel():
+        expect(block_tables[:1], (1, block_tables.shape[1]), torch.int32, "a row of block_tables", like=kv_pool)
 
 
 def _check_blocks(blocks: Tensor, name: str, *, like: Tensor) -> None:

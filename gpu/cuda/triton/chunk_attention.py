@@ -1,19 +1,22 @@
-"""chunk_attention: causal attention of a prompt's chunk over its sequence's blocks (FlashAttention-2, Dao 2023).
+"""chunk_attention: causal attention of a prompt's chunk over its sequence's blocks (FlashAttention-2, Dao 2023), of one or many.
 
 A tile's rows are the query heads of one KV head's group, token after token: keys and values are read once for the group, and few
 tokens fill a tile. Tiles of keys that all of a tile's queries see are attended without masks, the rest on the diagonal with.
-Programs start with the last tokens, which have most to do, and the heads of a tile run side by side.
+Programs start with the last tokens, which have most to do, and the heads of a tile run side by side. Of many chunks each program
+finds out for itself which one its tile is of, so that the host need not say.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from gpu.cuda.kernels.checks import check_chunk_attention
+from gpu.cuda.kernels import Chunks
+from gpu.cuda.kernels.checks import check_chunk_attention, check_chunks_attention
 from gpu.cuda.triton.compiler import (
     dot_precision,
     is_interpreted,
@@ -22,6 +25,8 @@ from gpu.cuda.triton.compiler import (
     product,
 )
 from gpu.cuda.triton.heads import check_head_dim
+
+MAX_CHUNKS = 32  # of one launch
 
 _LOG2_E = 1.4426950408889634
 
@@ -39,22 +44,62 @@ def chunk_attention(
 ) -> None:
     """See `gpu.cuda.kernels.Kernels`. `num_sms`: multiprocessors of the device."""
     check_chunk_attention(q, kv_pool, layer, block_table, context_len, out)
+    check_head_dim(kv_pool.shape[5])
+    if num_tokens := len(q):
+        _launch(
+            _choose_shape((num_tokens,), q, kv_pool, num_sms),
+            (num_tokens,),
+            q,
+            kv_pool,
+            layer,
+            block_table,
+            None,
+            context_len,
+            scale,
+            out,
+        )
+
+
+def chunks_attention(q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor, num_sms: int) -> None:
+    """See `gpu.cuda.kernels.Kernels`. `num_sms`: multiprocessors of the device."""
+    check_chunks_attention(q, kv_pool, layer, chunks, out)
+    check_head_dim(kv_pool.shape[5])
+    shape = _choose_shape(chunks.lens, q, kv_pool, num_sms)
+    for start in range(0, len(chunks.lens), MAX_CHUNKS):
+        part = slice(start, start + MAX_CHUNKS)
+        lens, spans, tables = chunks.lens[part], chunks.spans[:, part], chunks.block_tables[part]
+        if any(lens):
+            _launch(shape, lens, q, kv_pool, layer, tables, spans, 0, scale, out)
+
+
+def _launch(
+    shape: _Shape,
+    lens: Sequence[int],
+    q: Tensor,
+    kv_pool: Tensor,
+    layer: int,
+    block_tables: Tensor,
+    spans: Tensor | None,
+    context_len: int,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Without `spans` there is one chunk, which is all of q, and `block_tables` is its own."""
     num_blocks, num_layers, _, num_kv_heads, block_size, head_dim = kv_pool.shape
-    num_tokens, num_heads, _ = q.shape
-    check_head_dim(head_dim)
-    if not num_tokens:
-        return
-    group = num_heads // num_kv_heads
-    shape = _choose_shape(num_tokens, group, num_kv_heads, head_dim, q.dtype, num_sms)
-    _attend_tile[(num_kv_heads, -(-num_tokens // (shape.rows // group)))](
+    group = q.shape[1] // num_kv_heads
+    _attend_tile[(num_kv_heads, _num_tiles(lens, shape, group))](
         q,
         kv_pool,
         layer,
         num_blocks,
         num_layers,
-        block_table,
+        block_tables,
+        block_tables.stride(0),
+        block_tables if spans is None else spans,
+        0 if spans is None else spans.stride(0),
+        len(lens),
         context_len,
-        num_tokens,
+        len(q),
         scale * _LOG2_E,
         out,
         NUM_KV_HEADS=num_kv_heads,
@@ -65,12 +110,18 @@ def chunk_attention(
         TILE=shape.tokens,
         PRECISION=dot_precision(q.dtype),
         WIDEN=is_interpreted(),
+        CHUNKS=1 if spans is None else MAX_CHUNKS,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )
 
 
-def _choose_shape(num_tokens: int, group: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_sms: int) -> _Shape:
+def _num_tiles(lens: Sequence[int], shape: _Shape, group: int) -> int:
+    tokens = shape.rows // group
+    return sum(-(-num_tokens // tokens) for num_tokens in lens)
+
+
+def _choose_shape(lens: Sequence[int], q: Tensor, kv_pool: Tensor, num_sms: int) -> _Shape:
     """The largest tile of which there are enough to fill three quarters of the device; a short chunk has the smallest.
 
     Read off the compiled kernels for heads of 128 bfloat16, wider ones halve the tile of keys: 128 rows are two warpgroups with
@@ -80,7 +131,9 @@ def _choose_shape(num_tokens: int, group: int, num_kv_heads: int, head_dim: int,
 
     Stages are counted twice, once for the block ids that a load's addresses come from and once for the load itself.
     """
-    if dtype == torch.float32:
+    num_kv_heads, head_dim = kv_pool.shape[3], kv_pool.shape[5]
+    group = q.shape[1] // num_kv_heads
+    if q.dtype == torch.float32:
         shapes = [_Shape(16, 32, 4, 2), _Shape(64, 32, 4, 2)]
         fitting = [shape for shape in shapes if shape.rows >= group][:1]
     else:
@@ -90,12 +143,15 @@ def _choose_shape(num_tokens: int, group: int, num_kv_heads: int, head_dim: int,
     if not fitting:
         raise ValueError(f"a group of {group} query heads is larger than a tile")
     for shape in fitting:
-        if 4 * -(-num_tokens // (shape.rows // group)) * num_kv_heads >= 3 * num_sms:
+        if 4 * _num_tiles(lens, shape, group) * num_kv_heads >= 3 * num_sms:
             return shape
     return fitting[-1]
 
 
-@kernel("layer", "num_blocks", "num_layers", "context_len", "num_tokens", small=("block_table",))
+@kernel(
+    *("layer", "num_blocks", "num_layers", "table_stride", "span_stride", "num_chunks", "context_len", "num_tokens"),
+    small=("block_table", "spans"),
+)
 def _attend_tile(
     q: tl.tensor,
     kv_pool: tl.tensor,
@@ -103,6 +159,10 @@ def _attend_tile(
     num_blocks: tl.tensor,
     num_layers: tl.tensor,
     block_table: tl.tensor,
+    table_stride: tl.tensor,
+    spans: tl.tensor,
+    span_stride: tl.tensor,
+    num_chunks: tl.tensor,
     context_len: tl.tensor,
     num_tokens: tl.tensor,
     scale_log2: tl.tensor,
@@ -115,20 +175,33 @@ def _attend_tile(
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ) -> None:
     HEAD_STRIDE: tl.constexpr = BLOCK_SIZE * HEAD_DIM
     LAYER_STRIDE: tl.constexpr = 2 * NUM_KV_HEADS * HEAD_STRIDE
     VALUES: tl.constexpr = NUM_KV_HEADS * HEAD_STRIDE
     TOKENS: tl.constexpr = ROWS // GROUP
     head = tl.program_id(0)
-    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * TOKENS
+    tile_at = tl.num_programs(1) - 1 - tl.program_id(1)
+    first = 0
+    if CHUNKS > 1:
+        numbers = tl.arange(0, CHUNKS)
+        lens = tl.load(spans + span_stride + numbers, mask=numbers < num_chunks, other=0)
+        ends = tl.cumsum(tl.cdiv(lens, TOKENS), 0)  # of each chunk's tiles
+        chunk = tl.sum((ends <= tile_at).to(tl.int32), 0)
+        tile_at -= tl.max(tl.where(ends <= tile_at, ends, 0), 0)
+        first = tl.load(spans + chunk)
+        num_tokens = tl.load(spans + span_stride + chunk)
+        context_len = tl.load(spans + 2 * span_stride + chunk)
+        block_table += chunk * table_stride
+    start = tile_at * TOKENS
     before = context_len - num_tokens
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, HEAD_DIM)
     tokens = start + rows // GROUP
     positions = before + tokens
     inside = (rows < TOKENS * GROUP) & (tokens < num_tokens)
-    at = (tokens.to(tl.int64) * NUM_KV_HEADS + head) * GROUP + rows % GROUP
+    at = ((first + tokens).to(tl.int64) * NUM_KV_HEADS + head) * GROUP + rows % GROUP
     queries = tl.load(q + at[:, None] * HEAD_DIM + dims[None, :], mask=inside[:, None], other=0.0)
     keys = kv_pool + layer.to(tl.int64) * LAYER_STRIDE + head * HEAD_STRIDE
     highest = tl.full([ROWS], float("-inf"), tl.float32)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from gpu.cuda.kernels import FusedLinear, Geometry, Kernels
+from gpu.cuda.kernels import Chunks, FusedLinear, Geometry, Kernels
 
 _MAX_CHUNK = 4096  # tokens: longer chunks are cut into the same tiles
 
@@ -63,6 +63,10 @@ def _launch_attention(kernels: Kernels, geometry: Geometry, device: torch.device
     num_tokens = 1
     while num_tokens <= _MAX_CHUNK:
         kernels.chunk_attention(q[:num_tokens], pool, 0, table[0], num_tokens, 1.0, out[:num_tokens])
+        if num_tokens > 1:
+            spans = torch.tensor([[0, 1], [1, num_tokens - 1], [1, num_tokens - 1]], dtype=torch.int32, device=device)
+            chunks = Chunks((1, num_tokens - 1), (1, num_tokens - 1), spans, table.expand(2, -1))
+            kernels.chunks_attention(q[:num_tokens], pool, 0, chunks, 1.0, out[:num_tokens])
         num_tokens *= 2
     rows = torch.zeros((2, g.num_kv_heads, 1, g.head_dim), dtype=g.dtype, device=device)
     kernels.gather_kv(pool, 0, table[0], 1, rows[0], rows[1])

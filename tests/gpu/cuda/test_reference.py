@@ -10,6 +10,7 @@ import torch
 from gpu.cuda.kernels import Kernels
 from gpu.cuda.reference import TorchKernels, sum64_rows
 from gpu.kernels import reference as cpu
+from tests.gpu.cuda.chunks import chunks_of
 
 TWIN: Kernels = TorchKernels()
 MASK = (1 << 64) - 1
@@ -89,6 +90,17 @@ def test_chunk_attention(num_tokens: int, context_len: int) -> None:
     out, expected = torch.full_like(q, torch.nan), np.empty(tuple(q.shape), np.float32)
     TWIN.chunk_attention(q, pool, 0, table, context_len, 0.3, out)
     cpu.chunk_attention(q.numpy(), pool.numpy(), 0, table.numpy(), context_len, 0.3, expected)
+    close(out, expected)
+
+
+def test_chunks_attention() -> None:
+    pool, q = normal(7, 2, 2, 2, 4, 8), normal(6, 6, 8, seed=1)
+    tables = torch.tensor([[5, 1, 3], [6, 0, 2], [4, 2, 6]], dtype=torch.int32)
+    out, expected = torch.full_like(q, torch.nan), np.empty(tuple(q.shape), np.float32)
+    TWIN.chunks_attention(q, pool, 0, chunks_of((3, 1, 2), (9, 1, 2), tables), 0.3, out)
+    for i, (start, end, context_len) in enumerate([(0, 3, 9), (3, 4, 1), (4, 6, 2)]):
+        arrays = q[start:end].numpy(), pool.numpy(), 0, tables[i].numpy(), context_len, 0.3, expected[start:end]
+        cpu.chunk_attention(*arrays)
     close(out, expected)
 
 

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from gpu.cuda.kernels import Geometry
+from gpu.cuda.kernels import Chunks, Geometry
 from gpu.cuda.triton import TritonKernels
 from gpu.cuda.triton.fused_linear import TritonFusedLinear
 
@@ -139,6 +139,9 @@ def launch_chunk(num_tokens: int, context_len: int) -> None:
     pool = empty(20_000, NUM_LAYERS, 2, g.num_kv_heads, g.block_size, g.head_dim)
     q, table = empty(num_tokens, g.num_heads, g.head_dim), empty(context_len, dtype=torch.int32)
     kernels.chunk_attention(q, pool, 1, table, context_len, 0.09, q)
+    tables, spans = empty(2, context_len, dtype=torch.int32), empty(3, 2, dtype=torch.int32)
+    chunks = Chunks((num_tokens - 1, 1), (context_len, context_len), spans, tables)
+    kernels.chunks_attention(q, pool, 1, chunks, 0.09, q)
     rows = empty(2, g.num_kv_heads, context_len, g.head_dim)
     kernels.gather_kv(pool, 1, table, context_len, rows[0], rows[1])
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from gpu.cuda.kernels import Geometry, Kernels
 from gpu.cuda.reference import TorchFusedLinear, sum64_rows
 from gpu.cuda.triton.fused_linear import TritonFusedLinear
+from tests.gpu.cuda.chunks import chunks_of
 from tests.gpu.cuda.triton.cases.inputs import QWEN3_VL_8B, assert_close
 
 pytestmark = pytest.mark.gpu
@@ -74,6 +75,18 @@ def test_chunks_of_a_long_prompt(
         expected = torch.empty_like(part)
         twin.chunk_attention(part, pool, 35, table, context_len - num_tokens + start + len(part), SCALE, expected)
         assert_close(out[start : start + 512], expected)
+
+
+def test_chunks_of_many_prompts(kernels: Kernels, twin: Kernels, device: torch.device, pool: Tensor) -> None:
+    """More than one launch takes, long ones among short ones."""
+    lens = [1 + 37 * i % 150 for i in range(70)]
+    context_lens = [num_tokens + 611 * i % 900 for i, num_tokens in enumerate(lens)]
+    q = queries(sum(lens), device)
+    chunks = chunks_of(lens, context_lens, block_tables(70, 512, device))
+    out, expected = torch.full_like(q, torch.nan), torch.empty_like(q)
+    kernels.chunks_attention(q, pool, 35, chunks, SCALE, out)
+    twin.chunks_attention(q, pool, 35, chunks, SCALE, expected)
+    assert_close(out, expected)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4])

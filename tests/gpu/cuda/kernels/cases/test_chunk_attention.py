@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from gpu.cuda.kernels import Kernels
+from tests.gpu.cuda.chunks import chunks_of
 from tests.gpu.cuda.kernels.cases.inputs import QWEN3_VL_8B, SMALL, assert_close, normal, on_device_too, pool_of, tables_of
 from tests.gpu.kernels.paged import Geometry
 
@@ -33,6 +36,17 @@ def test_chunks(
     kernels.chunk_attention(q, pool, 1, table, context_len, g.head_dim**-0.5, out)
     twin.chunk_attention(q, pool, 1, table, context_len, g.head_dim**-0.5, expected)
     assert_close(out, expected, steps=2)  # torch rounds the weights to bfloat16 as well
+
+
+def test_chunks_of_several_sequences(kernels: Kernels, twin: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+    lens, context_lens = [5, 0, 1, 8], [9, 4, 1, 17]
+    q = normal((sum(lens), SMALL.num_heads, SMALL.head_dim), dtype, device, 1)
+    pool = pool_of(SMALL, 12, dtype, device)
+    chunks = chunks_of(lens, context_lens, tables_of(SMALL, context_lens, 12, device))
+    out, expected = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+    kernels.chunks_attention(q, pool, 1, chunks, 0.25, out)
+    twin.chunks_attention(q, pool, 1, chunks, 0.25, expected)
+    assert_close(out, expected, steps=2)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -69,5 +83,17 @@ def test_what_does_not_fit_is_refused(kernels: Kernels, device: torch.device) ->
         kernels.chunk_attention(q, pool, 0, table, 17, 1.0, q.clone())
     with pytest.raises(ValueError, match="a context of 3 cannot end with 4 tokens"):
         kernels.chunk_attention(q, pool, 0, table, 3, 1.0, q.clone())
+    tables = torch.zeros((2, 2), dtype=torch.int32, device=device)
+    for lens, context_lens, words in [
+        ((4,), (4,), "2 block tables for 1 sequences"),
+        ((1, 2), (4, 4), "3 tokens in chunks, and 4 queries"),
+        ((3, 1), (2, 4), "a context of 2 cannot end with 3 tokens"),
+        ((3, 1), (3, 17), "17 tokens do not lie in 2 blocks of 8"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            kernels.chunks_attention(q, pool, 0, chunks_of(lens, context_lens, tables), 1.0, q.clone())
+    wrong = replace(chunks_of((3, 1), (3, 4), tables), spans=torch.zeros((3, 1), dtype=torch.int32, device=device))
+    with pytest.raises(ValueError, match="spans is"):
+        kernels.chunks_attention(q, pool, 0, wrong, 1.0, q.clone())
     with pytest.raises(ValueError, match="k_out is"):
         kernels.gather_kv(pool, 0, table, 3, q, q)

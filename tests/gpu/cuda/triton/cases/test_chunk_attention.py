@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from gpu.cuda.kernels import Kernels
 from gpu.cuda.triton import TritonKernels
+from tests.gpu.cuda.chunks import chunks_of
 from tests.gpu.cuda.triton.cases.inputs import GEOMETRIES, SMALL, assert_close, kv_pool, normal, tables
 from tests.gpu.kernels.paged import Geometry
 
@@ -50,6 +53,55 @@ def test_a_group_larger_than_the_smallest_tile(kernels: Kernels, twin: Kernels, 
     geometry = Geometry(20, 1, 16, 4)
     actual = attend(kernels, geometry, torch.float32, device, 9, 40)
     assert_close(actual, attend(twin, geometry, torch.float32, device, 9, 40))
+
+
+def attend_many(
+    kernels: Kernels,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    lens: Sequence[int],
+    context_lens: Sequence[int],
+) -> Tensor:
+    g = geometry
+    num_blocks = sum(-(-context_len // g.block_size) for context_len in context_lens) + 2
+    q = normal((sum(lens), g.num_heads, g.head_dim), dtype, device, 1)
+    out = torch.full_like(q, torch.nan)
+    chunks = chunks_of(lens, context_lens, tables(g, list(context_lens), num_blocks, device))
+    kernels.chunks_attention(q, kv_pool(g, num_blocks, dtype, device), 1, chunks, g.head_dim**-0.5, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("lens", "context_lens"),
+    [
+        ((20, 1, 9), (70, 1, 40)),
+        ((1, 0, 5, 0), (33, 7, 5, 0)),
+        ((0, 0), (3, 4)),
+        ((64, 65, 3), (64, 65, 90)),
+        (tuple(1 + i % 3 for i in range(70)), tuple(3 + i % 20 for i in range(70))),  # more than one launch takes
+    ],
+    ids=lambda lens: f"{len(lens)} of {sum(lens)}",
+)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_several_sequences(
+    kernels: Kernels,
+    twin: Kernels,
+    device: torch.device,
+    main_dtype: torch.dtype,
+    geometry: Geometry,
+    lens: tuple[int, ...],
+    context_lens: tuple[int, ...],
+) -> None:
+    actual = attend_many(kernels, geometry, main_dtype, device, lens, context_lens)
+    assert_close(actual, attend_many(twin, geometry, main_dtype, device, lens, context_lens))
+
+
+@pytest.mark.parametrize("num_sms", [1, 24, 500])
+def test_several_sequences_in_tiles_of_every_size(twin: Kernels, device: torch.device, num_sms: int) -> None:
+    lens, context_lens = (40, 7, 129), (40, 100, 193)
+    actual = attend_many(TritonKernels(num_sms), SMALL, torch.bfloat16, device, lens, context_lens)
+    assert_close(actual, attend_many(twin, SMALL, torch.bfloat16, device, lens, context_lens))
 
 
 def test_large_scores_do_not_overflow(kernels: Kernels, twin: Kernels, device: torch.device) -> None:
