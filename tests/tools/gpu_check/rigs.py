@@ -26,6 +26,7 @@ LOADS = Loads(
     decode_steps=6,
     attention=(6, 96),
     prefill_tokens=96,
+    short_prompts=(5, 20),
     num_images=2,
     image_size=(64, 64),
     ipc_bytes=1 << 18,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,6 +170,9 @@ def test_prefill_as_the_server_cuts_it_and_whole() -> None:
         rows = rows_of(each for each in prefill.run(rig) if not isinstance(each, Missing))
         flop = prefill_flop(rig.config.text, 96)
         assert [len(plan.sequences[0].token_ids) for plan in prefill._plans(rig, 40)] == [40, 40, 16]
+    short = rows.pop("prefill, 5 prompts of 20 tokens in a step")
+    assert short["value"] > 0
+    assert re.fullmatch(r"[\d.]+ ms; with a launch of attention for each prompt [\d.]+ ms", short.get("note", ""))
     names = ["prefill, 96 tokens, chunks of 40", "prefill, 96 tokens, in one chunk"]
     assert list(rows) == [*names, *(f"{name}, gather + SDPA" for name in names)]
     assert [row["bar"] for row in rows.values()] == [">=0.55", ">=0.55", "", ""]

@@ -1,19 +1,25 @@
-"""A prompt of thousands of tokens through the stage's own runner: as the server cuts it, whole, and by either attention."""
+"""Prompts through the stage's own runner.
+
+One of thousands of tokens, as the server cuts it, whole, and by either attention. Many short ones in one step, their attention in
+one launch and one by one.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 
 from epd.model.device.graphs import GraphOptions
 from epd.step import SampleRequest, SequenceStep, StepPlan, TextRunner
-from gpu.cuda.kernels import Kernels
+from gpu.cuda.kernels import Chunks, Kernels
 from gpu.stream import Stream
 from protocol.messages import RequestId, Sampling
-from tools.bench.rows import make_row
+from tools.bench.rows import Row, make_row
 from tools.gpu_check.figures.attention import WAYS, chunk_sizes
 from tools.gpu_check.figures.counts import prefill_flop
 from tools.gpu_check.figures.decode import short
@@ -26,6 +32,7 @@ _ROUNDS = 3
 def run(rig: Rig) -> Figures:
     limits = rig.known_limits()
     yield from _by(rig, rig.backend.kernels, limits, "")
+    yield _short_prompts(rig, limits)
     for name, choose in rig.sets.items():
         if name not in WAYS or name == rig.backend.kernels.name:
             continue
@@ -41,7 +48,7 @@ def _by(rig: Rig, kernels: Kernels, limits: Limits, way: str) -> Figures:
     runner = rig.runner(kernels, graphs=GraphOptions(max_batch=0))
     stream.submit(runner.prepare).result()
     for chunk in chunk_sizes(rig):
-        seconds = _seconds(rig, runner, stream, chunk)
+        seconds = _seconds(_plans(rig, chunk), runner, stream)
         reached = prefill_flop(rig.config.text, num_tokens) / seconds
         is_whole = chunk >= num_tokens
         yield make_row(
@@ -56,6 +63,42 @@ def _by(rig: Rig, kernels: Kernels, limits: Limits, way: str) -> Figures:
     runner.close()
 
 
+def _short_prompts(rig: Rig, limits: Limits) -> Row:
+    num_prompts, num_tokens = rig.loads.short_prompts
+    plans = [StepPlan(tuple(_short_prompt(rig, number, num_tokens) for number in range(num_prompts)))]
+    seconds = []
+    for kernels in (rig.backend.kernels, cast(Kernels, _OneByOne(rig.backend.kernels))):
+        runner, stream = rig.runner(kernels, graphs=GraphOptions(max_batch=0)), rig.stream("prefill")
+        stream.submit(runner.prepare).result()
+        seconds.append(_seconds(plans, runner, stream))
+        runner.close()
+    together, one_by_one = seconds
+    reached = num_prompts * prefill_flop(rig.config.text, num_tokens) / together
+    return make_row(
+        f"prefill, {num_prompts} prompts of {num_tokens} tokens in a step",
+        reached / 1e12,
+        "TFLOP/s",
+        baseline=limits.flop_per_s / 1e12,
+        note=f"{1e3 * together:.1f} ms; with a launch of attention for each prompt {1e3 * one_by_one:.1f} ms",
+    )
+
+
+class _OneByOne:
+    """A set of kernels, but attention is launched for one chunk at a time."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.name = f"{kernels.name}, chunk by chunk"
+        self._kernels = kernels
+
+    def chunks_attention(self, q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor) -> None:
+        parts = zip(q.split(chunks.lens), chunks.block_tables, chunks.context_lens, out.split(chunks.lens), strict=True)
+        for queries, block_table, context_len, attended in parts:
+            self._kernels.chunk_attention(queries, kv_pool, layer, block_table, context_len, scale, attended)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels, name)
+
+
 class _OtherChunks:
     """A set of kernels but for its chunk_attention, which is another set's: so nothing else is different."""
 
@@ -68,9 +111,8 @@ class _OtherChunks:
         return getattr(self._kernels, name)
 
 
-def _seconds(rig: Rig, runner: TextRunner, stream: Stream, chunk: int) -> float:
-    """From handing over the first chunk to the token; chunks follow each other without a wait."""
-    plans = _plans(rig, chunk)
+def _seconds(plans: Sequence[StepPlan], runner: TextRunner, stream: Stream) -> float:
+    """From handing over the first step to what the last one drew; steps follow each other without a wait."""
     durations = []
     for turn in range(_ROUNDS + 1):
         started = time.perf_counter()
@@ -80,6 +122,18 @@ def _seconds(rig: Rig, runner: TextRunner, stream: Stream, chunk: int) -> float:
         if turn:
             durations.append(time.perf_counter() - started)
     return statistics.median(durations)
+
+
+def _short_prompt(rig: Rig, number: int, num_tokens: int) -> SequenceStep:
+    random, nothing = np.random.default_rng(number), np.empty(0, np.int32)
+    return SequenceStep(
+        request_id=RequestId(f"prompt {number}"),
+        token_ids=random.integers(0, rig.config.text.vocab_size, num_tokens).astype(np.int32),
+        num_computed_tokens=0,
+        positions=np.tile(np.arange(num_tokens, dtype=np.int32), (3, 1)),
+        block_table=random.choice(len(rig.kv_blocks()), rig.num_blocks_of(num_tokens), replace=False).astype(np.int32),
+        sample=SampleRequest(Sampling(temperature=0.0), nothing, nothing),
+    )
 
 
 def _plans(rig: Rig, chunk: int) -> list[StepPlan]:

@@ -45,6 +45,7 @@ class Loads:
     decode_steps: int = 60
     attention: tuple[int, int] = (64, 8192)  # requests, tokens of context
     prefill_tokens: int = 8192
+    short_prompts: tuple[int, int] = (64, 128)  # requests, tokens
     num_images: int = 8
     image_size: tuple[int, int] = (1920, 1080)
     ipc_bytes: int = 1 << 30
