@@ -179,7 +179,7 @@ class FrameReader:
             if sinks is None:
                 buffers.append(bytes(data))
             else:
-                sink = sinks[index]  # type: ignore[index]
+                sink = sinks[index]  # type: ignore[index]  # no narrowing by the identity of DISCARD
                 sink[:] = data
                 buffers.append(sink)
         return Frame(kind, frame_id, body, tuple(buffers))
@@ -240,7 +240,7 @@ class _Transfer:
         elif sinks is None:
             self._buffers = tuple(memoryview(bytearray(size)) for size in sizes)
         else:
-            self._buffers = tuple(sinks)  # type: ignore[arg-type]
+            self._buffers = tuple(sinks)  # type: ignore[arg-type]  # no narrowing by the identity of DISCARD
         self._targets = [target for target in (self._body, *self._buffers) if target.nbytes]
         self._index = 0
         self._offset = 0

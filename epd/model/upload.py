@@ -149,7 +149,7 @@ class _Staging:
 
     def __init__(self, device: torch.device, num_bytes: int) -> None:
         self.bytes = staging_memory(num_bytes, device)
-        self.view = memoryview(self.bytes.numpy())  # type: ignore[arg-type]
+        self.view = memoryview(self.bytes.numpy())  # type: ignore[arg-type]  # an array is a buffer
         self.taken: torch.cuda.Event | None = None
 
     def wait(self) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from gpu.cuda.kernels import Chunks, Geometry
 from gpu.cuda.kernels.checks import (
     check_chunk_attention,
-    check_chunks_attention,
     check_copy_blocks,
     check_gather_kv,
     check_hash_blocks,
@@ -22,6 +21,7 @@ from gpu.cuda.kernels.checks import (
     check_rms_norm,
     check_rope_store,
     check_silu_mul,
+    check_varlen_chunk_attention,
 )
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -124,8 +124,8 @@ class TorchKernels:
         k, v = _context(kv_pool, layer, block_table, context_len)
         out.copy_(_attention(q, k, v, scale))
 
-    def chunks_attention(self, q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor) -> None:
-        check_chunks_attention(q, kv_pool, layer, chunks, out)
+    def varlen_chunk_attention(self, q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor) -> None:
+        check_varlen_chunk_attention(q, kv_pool, layer, chunks, out)
         for (start, num_tokens, context_len), block_table in zip(chunks.spans.t().tolist(), chunks.block_tables, strict=True):
             part = slice(start, start + num_tokens)
             self.chunk_attention(q[part], kv_pool, layer, block_table, context_len, scale, out[part])

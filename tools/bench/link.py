@@ -37,7 +37,7 @@ SERVER = WorkerId("server")
 ASK = ReleaseLease(12345)
 ASK_BYTES = HEADER_BYTES + len(codec.encode_envelope("echo", ASK))
 ANSWER_BYTES = HEADER_BYTES + len(codec.encode(ASK))
-TELL = TokenStep(tokens=tuple((f"req-{i:08d}", 0, i, Token(token_id=1000 + i)) for i in range(8)))  # type: ignore[misc]
+TELL = TokenStep(tokens=tuple((f"req-{i:08d}", 0, i, Token(token_id=1000 + i)) for i in range(8)))  # type: ignore[misc]  # a plain str
 ASK_ROUNDS = 500
 ASKS_PER_ROUND = 25  # about a millisecond: shorter than what a busy machine leaves a process at a time
 TELLS_PER_ROUND = 200

@@ -122,6 +122,6 @@ async def _measure(client: Client, model: str, num_streams: int) -> Summary:
                 concurrency=num_streams,
                 num_chats=count,
                 clock=time.perf_counter,
-                progress=lambda record, bar=bar: bar.update() and None,  # type: ignore[misc]
+                progress=lambda record, bar=bar: bar.update() and None,  # type: ignore[misc]  # mypy infers no lambda with defaults
             )
     return summarise(run)

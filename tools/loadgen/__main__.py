@@ -179,7 +179,7 @@ def _prepare() -> None:
 def _need_matplotlib() -> None:
     """Before the load, not after it."""
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401 - is it there?
     except ImportError:
         raise ValueError("--html needs matplotlib: pip install 'epd[report]'") from None
 

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +177,7 @@ def _vision(parts: StageParts, stream: Stream) -> VisionCosts:
 
     for each in tqdm(list(images.values()), desc="images", unit="image"):
         count = each.grid[0] * each.grid[1] * each.grid[2]
-        made[count] = _median(lambda each=each: runner.preprocess(each))  # type: ignore[misc]
+        made[count] = _median(partial(runner.preprocess, each))
         taken[count] = encode_times(1, each)
     small, large = min(images.values(), key=_num_patches), max(images.values(), key=_num_patches)
     times = max(1, min(_num_patches(large) // _num_patches(small), 64))

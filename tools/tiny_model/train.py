@@ -233,7 +233,7 @@ def _optimisers(model: Qwen3VLForConditionalGeneration, heads: Heads) -> list[to
         in_layer = ".layers." in name or ".blocks." in name
         (matrices if parameter.ndim == 2 and in_layer else others).append(parameter)
     return [
-        Muon(matrices, lr=0.0, momentum=0.95, weight_decay=0.05),  # type: ignore[arg-type]
+        Muon(matrices, lr=0.0, momentum=0.95, weight_decay=0.05),  # type: ignore[arg-type]  # they are parameters
         torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 

@@ -176,13 +176,9 @@ class DeviceTextModel:
         if count := len(inputs.context_lens):
             q, out = rows.q[:count], rows.attended_heads[:count]
             self.kernels.paged_attention(q, kv_pool, layer, inputs.block_tables, inputs.context_lens, self._scale, out, workspace)
-        if (chunks := inputs.chunks) is None:
-            return
-        q, out = rows.q[count:], rows.attended_heads[count:]
-        if len(chunks.lens) == 1:
-            self.kernels.chunk_attention(q, kv_pool, layer, chunks.block_tables[0], chunks.context_lens[0], self._scale, out)
-        else:
-            self.kernels.chunks_attention(q, kv_pool, layer, chunks, self._scale, out)
+        if inputs.chunks is not None:
+            q, out = rows.q[count:], rows.attended_heads[count:]
+            self.kernels.varlen_chunk_attention(q, kv_pool, layer, inputs.chunks, self._scale, out)
 
     def _feed_forward(self, layer: _Layer, rows: Rows) -> None:
         """From attended heads to the layer's end: x gains the attention's output, `delta` holds what x is still to gain."""

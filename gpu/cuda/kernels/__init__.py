@@ -18,6 +18,7 @@ context lies in are not read.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +50,10 @@ class Chunks:
     context_lens: tuple[int, ...]  # no less than `lens`
     spans: Tensor  # int32 [3, C], the same for the device: where each one's rows begin, lens, context_lens
     block_tables: Tensor  # int32 [C, >= ceil(longest context / block_size)], its rows may lie apart
+
+    def one_by_one(self, q: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, int, Tensor]]:
+        """(q, block_table, context_len, out) of each, for `Kernels.chunk_attention`."""
+        return zip(q.split(self.lens), self.block_tables, self.context_lens, out.split(self.lens), strict=True)
 
 
 class FusedLinear(Protocol):
@@ -167,8 +172,8 @@ class Kernels(Protocol):
         memory from torch's allocator.
         """
 
-    def chunks_attention(self, q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor) -> None:
-        """`chunk_attention` of each of several sequences, for when they are too short to fill a device one by one.
+    def varlen_chunk_attention(self, q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor) -> None:
+        """`chunk_attention` of each of any number of sequences, which may be too short to fill a device one by one.
 
         q, out: dtype [sum of lens, Hq, D]. What `spans` says to the device and `lens` to the host must be the same.
         """

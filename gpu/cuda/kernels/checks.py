@@ -119,7 +119,7 @@ def check_chunk_attention(q: Tensor, kv_pool: Tensor, layer: int, block_table: T
     _check_table(block_table, kv_pool, context_len)
 
 
-def check_chunks_attention(q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, out: Tensor) -> None:
+def check_varlen_chunk_attention(q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, out: Tensor) -> None:
     check_pool(kv_pool, layer)
     _check_queries(q, kv_pool, out)
     lens, context_lens, tables = chunks.lens, chunks.context_lens, chunks.block_tables

@@ -14,15 +14,14 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from gpu.cuda.kernels import Chunks
-from gpu.cuda.kernels.checks import check_chunk_attention, check_chunks_attention
+from gpu.cuda.kernels.checks import check_chunk_attention, check_varlen_chunk_attention
 from gpu.cuda.kernels.gather_kv import gather_kv
 
 
-def chunks_attention(q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor) -> None:
-    """`Kernels.chunks_attention`, one after the other. Heads as in `gather_kv`."""
-    check_chunks_attention(q, kv_pool, layer, chunks, out)
-    parts = zip(q.split(chunks.lens), chunks.block_tables, chunks.context_lens, out.split(chunks.lens), strict=True)
-    for queries, block_table, context_len, attended in parts:
+def varlen_chunk_attention(q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor) -> None:
+    """`Kernels.varlen_chunk_attention`, one after the other. Heads as in `gather_kv`."""
+    check_varlen_chunk_attention(q, kv_pool, layer, chunks, out)
+    for queries, block_table, context_len, attended in chunks.one_by_one(q, out):
         chunk_attention(queries, kv_pool, layer, block_table, context_len, scale, attended)
 
 

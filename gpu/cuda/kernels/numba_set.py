@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gpu.cuda.kernels import Geometry
-from gpu.cuda.kernels.chunk_attention import chunk_attention, chunks_attention
+from gpu.cuda.kernels.chunk_attention import chunk_attention, varlen_chunk_attention
 from gpu.cuda.kernels.copy_blocks import copy_blocks, hash_blocks
 from gpu.cuda.kernels.gather_kv import gather_kv
 from gpu.cuda.kernels.paged_attention import paged_attention, workspace_floats
@@ -28,7 +28,7 @@ class NumbaKernels:
     workspace_floats = staticmethod(workspace_floats)
     paged_attention = staticmethod(paged_attention)
     chunk_attention = staticmethod(chunk_attention)
-    chunks_attention = staticmethod(chunks_attention)
+    varlen_chunk_attention = staticmethod(varlen_chunk_attention)
     gather_kv = staticmethod(gather_kv)
     copy_blocks = staticmethod(copy_blocks)
     hash_blocks = staticmethod(hash_blocks)

@@ -10,20 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from gpu.cuda.kernels import Chunks
-from gpu.cuda.kernels.checks import check_chunk_attention, check_chunks_attention
-from gpu.cuda.triton.compiler import (
-    dot_precision,
-    is_interpreted,
-    kernel,
-    pool_rows,
-    product,
-)
+from gpu.cuda.kernels.checks import check_chunk_attention, check_varlen_chunk_attention
+from gpu.cuda.triton.compiler import dot_precision, inlined, is_interpreted, kernel, pool_rows, product
 from gpu.cuda.triton.heads import check_head_dim
 
 MAX_CHUNKS = 32  # of one launch
@@ -45,24 +40,20 @@ def chunk_attention(
     """See `gpu.cuda.kernels.Kernels`. `num_sms`: multiprocessors of the device."""
     check_chunk_attention(q, kv_pool, layer, block_table, context_len, out)
     check_head_dim(kv_pool.shape[5])
-    if num_tokens := len(q):
-        _launch(
-            _choose_shape((num_tokens,), q, kv_pool, num_sms),
-            (num_tokens,),
-            q,
-            kv_pool,
-            layer,
-            block_table,
-            None,
-            context_len,
-            scale,
-            out,
-        )
+    lens = (len(q),)
+    if any(lens):
+        shape = _choose_shape(lens, q, kv_pool, num_sms)
+        _launch(shape, lens, q, kv_pool, layer, block_table, None, context_len, scale, out)
 
 
-def chunks_attention(q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor, num_sms: int) -> None:
+def varlen_chunk_attention(
+    q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor, num_sms: int
+) -> None:
     """See `gpu.cuda.kernels.Kernels`. `num_sms`: multiprocessors of the device."""
-    check_chunks_attention(q, kv_pool, layer, chunks, out)
+    if len(chunks.lens) == 1:  # there is nothing to find out
+        chunk_attention(q, kv_pool, layer, chunks.block_tables[0], chunks.context_lens[0], scale, out, num_sms)
+        return
+    check_varlen_chunk_attention(q, kv_pool, layer, chunks, out)
     check_head_dim(kv_pool.shape[5])
     shape = _choose_shape(chunks.lens, q, kv_pool, num_sms)
     for start in range(0, len(chunks.lens), MAX_CHUNKS):
@@ -148,6 +139,16 @@ def _choose_shape(lens: Sequence[int], q: Tensor, kv_pool: Tensor, num_sms: int)
     return fitting[-1]
 
 
+@inlined
+def _chunk_of_tile(tile: tl.tensor, lens: tl.tensor, num_chunks: tl.tensor, TOKENS: tl.constexpr, CHUNKS: tl.constexpr) -> Any:
+    """(which chunk, which of its tiles) a tile is, of all counted through."""
+    numbers = tl.arange(0, CHUNKS)
+    num_tokens = tl.load(lens + numbers, mask=numbers < num_chunks, other=0)
+    ends = tl.cumsum(tl.cdiv(num_tokens, TOKENS), 0)
+    is_before = ends <= tile
+    return tl.sum(is_before.to(tl.int32), 0), tile - tl.max(tl.where(is_before, ends, 0), 0)
+
+
 @kernel(
     *("layer", "num_blocks", "num_layers", "table_stride", "span_stride", "num_chunks", "context_len", "num_tokens"),
     small=("block_table", "spans"),
@@ -185,11 +186,7 @@ def _attend_tile(
     tile_at = tl.num_programs(1) - 1 - tl.program_id(1)
     first = 0
     if CHUNKS > 1:
-        numbers = tl.arange(0, CHUNKS)
-        lens = tl.load(spans + span_stride + numbers, mask=numbers < num_chunks, other=0)
-        ends = tl.cumsum(tl.cdiv(lens, TOKENS), 0)  # of each chunk's tiles
-        chunk = tl.sum((ends <= tile_at).to(tl.int32), 0)
-        tile_at -= tl.max(tl.where(ends <= tile_at, ends, 0), 0)
+        chunk, tile_at = _chunk_of_tile(tile_at, spans + span_stride, num_chunks, TOKENS, CHUNKS)
         first = tl.load(spans + chunk)
         num_tokens = tl.load(spans + span_stride + chunk)
         context_len = tl.load(spans + 2 * span_stride + chunk)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpu.cuda.kernels import Chunks, FusedLinear, Geometry
-from gpu.cuda.triton.chunk_attention import chunk_attention, chunks_attention
+from gpu.cuda.triton.chunk_attention import chunk_attention, varlen_chunk_attention
 from gpu.cuda.triton.copy_blocks import copy_blocks, hash_blocks
 from gpu.cuda.triton.fused_linear import TritonFusedLinear
 from gpu.cuda.triton.gather_kv import gather_kv
@@ -94,8 +94,8 @@ class TritonKernels:
     ) -> None:
         chunk_attention(q, kv_pool, layer, block_table, context_len, scale, out, self._num_sms)
 
-    def chunks_attention(self, q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor) -> None:
-        chunks_attention(q, kv_pool, layer, chunks, scale, out, self._num_sms)
+    def varlen_chunk_attention(self, q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor) -> None:
+        varlen_chunk_attention(q, kv_pool, layer, chunks, scale, out, self._num_sms)
 
     def gather_kv(self, kv_pool: Tensor, layer: int, block_table: Tensor, num_tokens: int, k_out: Tensor, v_out: Tensor) -> None:
         gather_kv(kv_pool, layer, block_table, num_tokens, k_out, v_out)

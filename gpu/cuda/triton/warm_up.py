@@ -66,7 +66,7 @@ def _launch_attention(kernels: Kernels, geometry: Geometry, device: torch.device
         if num_tokens > 1:
             spans = torch.tensor([[0, 1], [1, num_tokens - 1], [1, num_tokens - 1]], dtype=torch.int32, device=device)
             chunks = Chunks((1, num_tokens - 1), (1, num_tokens - 1), spans, table.expand(2, -1))
-            kernels.chunks_attention(q[:num_tokens], pool, 0, chunks, 1.0, out[:num_tokens])
+            kernels.varlen_chunk_attention(q[:num_tokens], pool, 0, chunks, 1.0, out[:num_tokens])
         num_tokens *= 2
     rows = torch.zeros((2, g.num_kv_heads, 1, g.head_dim), dtype=g.dtype, device=device)
     kernels.gather_kv(pool, 0, table[0], 1, rows[0], rows[1])

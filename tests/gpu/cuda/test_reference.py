@@ -93,11 +93,11 @@ def test_chunk_attention(num_tokens: int, context_len: int) -> None:
     close(out, expected)
 
 
-def test_chunks_attention() -> None:
+def test_varlen_chunk_attention() -> None:
     pool, q = normal(7, 2, 2, 2, 4, 8), normal(6, 6, 8, seed=1)
     tables = torch.tensor([[5, 1, 3], [6, 0, 2], [4, 2, 6]], dtype=torch.int32)
     out, expected = torch.full_like(q, torch.nan), np.empty(tuple(q.shape), np.float32)
-    TWIN.chunks_attention(q, pool, 0, chunks_of((3, 1, 2), (9, 1, 2), tables), 0.3, out)
+    TWIN.varlen_chunk_attention(q, pool, 0, chunks_of((3, 1, 2), (9, 1, 2), tables), 0.3, out)
     for i, (start, end, context_len) in enumerate([(0, 3, 9), (3, 4, 1), (4, 6, 2)]):
         arrays = q[start:end].numpy(), pool.numpy(), 0, tables[i].numpy(), context_len, 0.3, expected[start:end]
         cpu.chunk_attention(*arrays)

@@ -133,6 +133,9 @@ async def test_a_server_under_load_is_measured() -> None:
     for one in measured:
         rows = load_rows(COLOCATED, one, None)
         assert one.summary["num_ok"] == one.summary["num_requests"] > 0, one.summary["failures"]
-        assert all(row["value"] > 0 for row in rows[1:] if "TTFT" in row["name"])  # two tokens may come at once
+        times = {row["name"].rpartition(": ")[2]: row["value"] for row in rows[1:]}
+        assert list(times) == ["TTFT p50", "TTFT p99", "ITL p50", "ITL p99"]
+        assert times.pop("ITL p50") >= 0  # two tokens may come at once
+        assert min(times.values()) > 0
         assert one.busy_share is None  # nobody said whose
     assert clusters[0]["model"] == "model"

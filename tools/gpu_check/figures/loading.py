@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,8 +51,8 @@ def run(rig: Rig, parent: Path | None = None) -> Figures:
                     "weights, not cached", f"writing {size / 1e9:.1f} GB took {written_s:.0f} s: reading would take as long"
                 )
                 break
-            read_s = _best_s(lambda prepare=prepare: prepare(file), lambda: read_all(file))  # type: ignore[misc]
-            loaded_s = _best_s(lambda prepare=prepare: prepare(file), load)  # type: ignore[misc]
+            read_s = _best_s(partial(prepare, file), lambda: read_all(file))
+            loaded_s = _best_s(partial(prepare, file), load)
             yield make_row(
                 f"loading weights, {state}",
                 num_bytes / loaded_s / 1e9,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def run(rig: PeerRig) -> Figures:
     ]
     for batch, context in rig.loads.decode:
         name = _named(decode_name(batch, context))
-        parts.append((name, lambda batch=batch, context=context: _decode(rig, batch, context)))  # type: ignore[misc]
+        parts.append((name, partial(_decode, rig, batch, context)))
     for name, part in parts:
         yield _attempt(rig, name, part)
     for batch, context in rig.loads.decode:
@@ -61,7 +62,7 @@ def run(rig: PeerRig) -> Figures:
         if time.monotonic() > rig.compile_until:
             yield Missing(name, "no time was left to compile it")
             continue
-        yield _attempt(rig, name, lambda batch=batch, context=context: _decode(rig, batch, context, compiled=True))  # type: ignore[misc]
+        yield _attempt(rig, name, partial(_decode, rig, batch, context, compiled=True))
 
 
 def _attempt(rig: PeerRig, name: str, part: Callable[[], Row]) -> Row | Missing:

@@ -66,8 +66,8 @@ def _by(rig: Rig, kernels: Kernels, limits: Limits, way: str) -> Figures:
 def _short_prompts(rig: Rig, limits: Limits) -> Row:
     num_prompts, num_tokens = rig.loads.short_prompts
     plans = [StepPlan(tuple(_short_prompt(rig, number, num_tokens) for number in range(num_prompts)))]
-    seconds = []
-    for kernels in (rig.backend.kernels, cast(Kernels, _OneByOne(rig.backend.kernels))):
+    seconds, own = [], rig.backend.kernels
+    for kernels in (own, cast(Kernels, _OtherChunks(own, own))):
         runner, stream = rig.runner(kernels, graphs=GraphOptions(max_batch=0)), rig.stream("prefill")
         stream.submit(runner.prepare).result()
         seconds.append(_seconds(plans, runner, stream))
@@ -83,29 +83,16 @@ def _short_prompts(rig: Rig, limits: Limits) -> Row:
     )
 
 
-class _OneByOne:
-    """A set of kernels, but attention is launched for one chunk at a time."""
-
-    def __init__(self, kernels: Kernels) -> None:
-        self.name = f"{kernels.name}, chunk by chunk"
-        self._kernels = kernels
-
-    def chunks_attention(self, q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor) -> None:
-        parts = zip(q.split(chunks.lens), chunks.block_tables, chunks.context_lens, out.split(chunks.lens), strict=True)
-        for queries, block_table, context_len, attended in parts:
-            self._kernels.chunk_attention(queries, kv_pool, layer, block_table, context_len, scale, attended)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._kernels, name)
-
-
 class _OtherChunks:
-    """A set of kernels but for its chunk_attention, which is another set's: so nothing else is different."""
+    """A set of kernels, but a launch of attention for each chunk, by `chunks`: so nothing else is different."""
 
     def __init__(self, kernels: Kernels, chunks: Kernels) -> None:
-        self.name = f"{kernels.name}, chunks by {chunks.name}"
-        self.chunk_attention = chunks.chunk_attention
-        self._kernels = kernels
+        self.name = f"{kernels.name}, each chunk by {chunks.name}"
+        self._kernels, self._chunks = kernels, chunks
+
+    def varlen_chunk_attention(self, q: Tensor, kv_pool: Tensor, layer: int, chunks: Chunks, scale: float, out: Tensor) -> None:
+        for queries, block_table, context_len, attended in chunks.one_by_one(q, out):
+            self._chunks.chunk_attention(queries, kv_pool, layer, block_table, context_len, scale, attended)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kernels, name)

@@ -141,7 +141,7 @@ def launch_chunk(num_tokens: int, context_len: int) -> None:
     kernels.chunk_attention(q, pool, 1, table, context_len, 0.09, q)
     tables, spans = empty(2, context_len, dtype=torch.int32), empty(3, 2, dtype=torch.int32)
     chunks = Chunks((num_tokens - 1, 1), (context_len, context_len), spans, tables)
-    kernels.chunks_attention(q, pool, 1, chunks, 0.09, q)
+    kernels.varlen_chunk_attention(q, pool, 1, chunks, 0.09, q)
     rows = empty(2, g.num_kv_heads, context_len, g.head_dim)
     kernels.gather_kv(pool, 1, table, context_len, rows[0], rows[1])
 

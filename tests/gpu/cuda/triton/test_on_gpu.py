@@ -84,8 +84,8 @@ def test_chunks_of_many_prompts(kernels: Kernels, twin: Kernels, device: torch.d
     q = queries(sum(lens), device)
     chunks = chunks_of(lens, context_lens, block_tables(70, 512, device))
     out, expected = torch.full_like(q, torch.nan), torch.empty_like(q)
-    kernels.chunks_attention(q, pool, 35, chunks, SCALE, out)
-    twin.chunks_attention(q, pool, 35, chunks, SCALE, expected)
+    kernels.varlen_chunk_attention(q, pool, 35, chunks, SCALE, out)
+    twin.varlen_chunk_attention(q, pool, 35, chunks, SCALE, expected)
     assert_close(out, expected)
 
 

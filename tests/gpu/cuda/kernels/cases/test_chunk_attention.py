@@ -44,8 +44,8 @@ def test_chunks_of_several_sequences(kernels: Kernels, twin: Kernels, device: to
     pool = pool_of(SMALL, 12, dtype, device)
     chunks = chunks_of(lens, context_lens, tables_of(SMALL, context_lens, 12, device))
     out, expected = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
-    kernels.chunks_attention(q, pool, 1, chunks, 0.25, out)
-    twin.chunks_attention(q, pool, 1, chunks, 0.25, expected)
+    kernels.varlen_chunk_attention(q, pool, 1, chunks, 0.25, out)
+    twin.varlen_chunk_attention(q, pool, 1, chunks, 0.25, expected)
     assert_close(out, expected, steps=2)
 
 
@@ -91,9 +91,9 @@ def test_what_does_not_fit_is_refused(kernels: Kernels, device: torch.device) ->
         ((3, 1), (3, 17), "17 tokens do not lie in 2 blocks of 8"),
     ]:
         with pytest.raises(ValueError, match=words):
-            kernels.chunks_attention(q, pool, 0, chunks_of(lens, context_lens, tables), 1.0, q.clone())
+            kernels.varlen_chunk_attention(q, pool, 0, chunks_of(lens, context_lens, tables), 1.0, q.clone())
     wrong = replace(chunks_of((3, 1), (3, 4), tables), spans=torch.zeros((3, 1), dtype=torch.int32, device=device))
     with pytest.raises(ValueError, match="spans is"):
-        kernels.chunks_attention(q, pool, 0, wrong, 1.0, q.clone())
+        kernels.varlen_chunk_attention(q, pool, 0, wrong, 1.0, q.clone())
     with pytest.raises(ValueError, match="k_out is"):
         kernels.gather_kv(pool, 0, table, 3, q, q)

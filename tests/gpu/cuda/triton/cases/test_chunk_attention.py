@@ -68,7 +68,7 @@ def attend_many(
     q = normal((sum(lens), g.num_heads, g.head_dim), dtype, device, 1)
     out = torch.full_like(q, torch.nan)
     chunks = chunks_of(lens, context_lens, tables(g, list(context_lens), num_blocks, device))
-    kernels.chunks_attention(q, kv_pool(g, num_blocks, dtype, device), 1, chunks, g.head_dim**-0.5, out)
+    kernels.varlen_chunk_attention(q, kv_pool(g, num_blocks, dtype, device), 1, chunks, g.head_dim**-0.5, out)
     return out
 
 
