@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from epd.devices import Seat, check_device, seats, step_limits
+from epd.devices import Seat, check_device, parse_workers, seats, step_limits
 from epd.errors import BadConfig
 from epd.options import DEFAULT_CLUSTER_PORT, DEFAULT_PORT, ROLES, WORKER_ROLES, build_parser, passed_on
 
@@ -52,6 +52,7 @@ class EngineConfig:
     embedding_bytes: int
     max_model_len: int
     token_budget: int  # tokens of one prefill step
+    budget_beside_decode: int  # the same while requests decode on the same worker
     max_chunk_tokens: int  # of one request in one prefill step
     max_running: int  # requests in one decode step
     max_patches: int  # patches of one encode step
@@ -100,7 +101,7 @@ class ServeConfig:
 class ClusterConfig:
     """A whole cluster on this machine: how many processes of each role, and what each of them is given."""
 
-    seats: Mapping[str, tuple[Seat, ...]]  # of the workers, by role in the order encode, prefill, decode
+    seats: Mapping[str, tuple[Seat, ...]]  # of the workers, by kind: their stages, as in encode+prefill
     serve: ServeConfig
     passed_on: tuple[str, ...]  # arguments that every process is started with
 
@@ -145,11 +146,8 @@ def parse(argv: Sequence[str]) -> ServeConfig | ClusterConfig | TopConfig | Plan
     serve = _serve_config(args)
     if args.command == "serve":
         return serve
-    for name in WORKER_ROLES:
-        if getattr(args, name) < 1:
-            raise BadConfig(f"--{name} must be at least 1: every stage needs a worker")
     return ClusterConfig(
-        seats=seats(args.device, {role: getattr(args, role) for role in WORKER_ROLES}, args.memory_fraction),
+        seats=seats(args.device, _workers(args), args.memory_fraction),
         serve=serve,
         passed_on=tuple(passed_on(args)),
     )
@@ -190,6 +188,7 @@ def _serve_config(args: argparse.Namespace) -> ServeConfig:
             embedding_bytes=int(args.embedding_mib * 2**20),
             max_model_len=args.max_model_len,
             token_budget=args.token_budget or limits.token_budget,
+            budget_beside_decode=args.budget_beside_decode or limits.budget_beside_decode,
             max_chunk_tokens=args.max_chunk_tokens or limits.max_chunk_tokens,
             max_running=args.max_running or limits.max_running,
             max_patches=args.max_patches or limits.max_patches,
@@ -205,6 +204,16 @@ def _serve_config(args: argparse.Namespace) -> ServeConfig:
             slo_ttft_s=args.slo_ttft_s, slo_tpot_s=args.slo_tpot_s, otlp_endpoint=_otlp_endpoint(args.otlp_endpoint)
         ),
     )
+
+
+def _workers(args: argparse.Namespace) -> dict[str, int]:
+    """How many of each kind: as --workers says, or so many for each stage."""
+    if args.workers:
+        return parse_workers(args.workers)
+    for name in WORKER_ROLES:
+        if getattr(args, name) < 1:
+            raise BadConfig(f"--{name} must be at least 1: every stage needs a worker")
+    return {role: getattr(args, role) for role in WORKER_ROLES}
 
 
 def _top_config(args: argparse.Namespace) -> TopConfig:
@@ -325,6 +334,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         "num_threads": 1,
         "block_size": 1,
         "token_budget": 0,
+        "budget_beside_decode": 0,
         "max_chunk_tokens": 0,
         "max_running": 0,
         "max_patches": 0,
@@ -346,7 +356,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value < least:
             raise BadConfig(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    for name in ("token_budget", "max_patches"):
+    for name in ("token_budget", "budget_beside_decode", "max_patches"):
         if 0 < (value := getattr(args, name)) < 16:
             raise BadConfig(f"--{name.replace('_', '-')} {value}: must be at least 16, or 0 for what suits the device")
     if not 0.0 < args.memory_fraction <= 1.0:

@@ -45,7 +45,10 @@ _STAGE_GAUGES: dict[str, tuple[str, Callable[[StageLoad], float]]] = {
     "epd_stage_requests_waiting": ("Requests, or images, that wait", lambda stage: stage.num_waiting),
     "epd_stage_requests_running": ("Requests, or images, in work", lambda stage: stage.num_running),
     "epd_stage_outstanding_patches": ("Image patches not encoded yet", lambda stage: stage.outstanding_patches),
-    "epd_stage_outstanding_tokens": ("Prompt tokens not prefilled yet", lambda stage: stage.outstanding_tokens),
+    "epd_stage_outstanding_tokens": (
+        "Tokens of images not encoded yet, or of prompts not prefilled yet",
+        lambda stage: stage.outstanding_tokens,
+    ),
     "epd_stage_blocks": ("Blocks of the pool", lambda stage: stage.num_blocks),
     "epd_stage_free_blocks": ("Blocks that are free or evictable", lambda stage: stage.num_free_blocks),
     "epd_stage_cached_blocks": ("Blocks with cached content", lambda stage: stage.num_cached_blocks),

@@ -50,6 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
     cluster.add_argument("--encode", type=int, default=2, metavar="N", help="encode workers")
     cluster.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers")
     cluster.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers")
+    cluster.add_argument(
+        "--workers",
+        default="",
+        metavar="STAGES:N[,...]",
+        help="instead of these three, workers of any stages: encode+prefill:7,decode:1, or encode+prefill+decode:8",
+    )
     _add_common(cluster)
 
     top = commands.add_parser(
@@ -107,7 +113,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="cpu",
         metavar="DEVICE[,DEVICE...]",
-        help="cpu, cuda, cuda:N or emulated:PROFILE; a cluster takes one for all, for each stage or for each worker",
+        help="cpu, cuda, cuda:N or emulated:PROFILE; a cluster takes one for all, for each kind of worker or for each worker",
     )
     model.add_argument(
         "--memory-fraction", type=float, default=0.9, help="share of a CUDA device's memory for this process, or this cluster"
@@ -160,6 +166,12 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--kv-mib", type=float, default=0.0, help="KV pool of each worker; 0: from free memory and model")
     sizes.add_argument("--embedding-mib", type=float, default=0.0, help="embedding pool of each encode worker; 0: from the model")
     sizes.add_argument("--token-budget", type=int, default=0, help="tokens of one prefill step; 0: what suits the device")
+    sizes.add_argument(
+        "--budget-beside-decode",
+        type=int,
+        default=0,
+        help="tokens of one prefill step while requests decode on the same worker; 0: what suits the device",
+    )
     sizes.add_argument("--max-chunk-tokens", type=int, default=0, help="tokens of one request in it; 0: what suits the device")
     sizes.add_argument("--max-running", type=int, default=0, help="requests of one decode step; 0: what suits the device")
     sizes.add_argument("--max-patches", type=int, default=0, help="image patches of one encode step; 0: what suits the device")
@@ -194,6 +206,7 @@ def _add_observation(parser: argparse.ArgumentParser) -> None:
 _NOT_PASSED_ON = {
     "command",
     *WORKER_ROLES,
+    "workers",
     "roles",
     "join",
     "worker",

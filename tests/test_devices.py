@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epd.devices import Seat, check_device, seats
+from epd.devices import Seat, check_device, parse_workers, seats, workers_text
 from epd.errors import BadConfig
 
 COUNTS = {"encode": 2, "prefill": 1, "decode": 1}
@@ -42,6 +42,38 @@ def test_one_device_for_all_for_each_stage_or_for_each_worker(devices: str, plac
 def test_another_number_of_devices_is_refused(devices: str) -> None:
     with pytest.raises(BadConfig):
         seats(devices, COUNTS, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("encode:2,prefill:1,decode:1", {"encode": 2, "prefill": 1, "decode": 1}),
+        ("prefill + encode:7, decode:1", {"encode+prefill": 7, "decode": 1}),
+        ("decode+prefill+encode:8", {"encode+prefill+decode": 8}),
+        ("prefill+decode:1,decode:1,decode+prefill:2", {"prefill+decode": 3, "decode": 1}),
+    ],
+)
+def test_workers_of_any_stages(text: str, counts: dict[str, int]) -> None:
+    assert parse_workers(text) == counts
+    assert parse_workers(workers_text(counts)) == counts
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("encode:1,prefill:1", "nobody has the stage decode, which"),
+        ("encode:1", "nobody has the stage decode and prefill"),
+        ("gateway:1,prefill+decode:1", "expected STAGE"),
+        ("prefill+prefill+decode:1", "expected STAGE"),
+        ("prefill+decode:0", "expected STAGE"),
+        ("prefill+decode:-1", "expected STAGE"),
+        ("prefill+decode", "expected STAGE"),
+        ("prefill+decode:1,", "expected STAGE"),
+    ],
+)
+def test_what_are_no_workers_is_refused(text: str, why: str) -> None:
+    with pytest.raises(BadConfig, match=why):
+        parse_workers(text)
 
 
 def test_processes_on_one_card_share_it() -> None:

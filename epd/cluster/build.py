@@ -62,8 +62,7 @@ class StageParts:
         shares_pool = {"prefill", "decode"} <= set(self.config.roles)
         decode_scheduler = self._decode_scheduler(kv_blocks) if "decode" in self.config.roles else None
         if "prefill" in self.config.roles:
-            spare = decode_scheduler if shares_pool else None
-            actors.append(self._prefill(system, clock, kv_blocks, spare, local))
+            actors.append(self._prefill(system, clock, kv_blocks, decode_scheduler, local))
         if decode_scheduler is not None:
             actors.append(self._decode(system, clock, kv_blocks, decode_scheduler, local, shares_pool=shares_pool))
         return actors
@@ -97,6 +96,7 @@ class StageParts:
             PrefillConfig(
                 block_size=engine.block_size,
                 token_budget=engine.token_budget,
+                budget_beside_decode=engine.budget_beside_decode,
                 max_chunk_tokens=engine.max_chunk_tokens,
                 max_running=engine.max_running,
                 max_model_len=self.sizes.max_model_len,
@@ -124,7 +124,7 @@ class StageParts:
             checksum_stream=reads,
             merge_size=self._merge_size,
             lease_s=engine.lease_s,
-            spare_blocks=(lambda: decode.num_running) if decode is not None else (lambda: 0),
+            num_beside=(lambda: decode.num_running) if decode is not None else (lambda: 0),
             clock=clock,
         )
 

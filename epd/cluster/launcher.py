@@ -1,6 +1,6 @@
 """`epd cluster`: starts the processes of a whole cluster on this machine, restarts those that die, stops all of them in order.
 
-Owns: the processes. Knows: which command starts which role, what their progress lines say. Does not know: what they do.
+Owns: the processes. Knows: which command starts which worker, what their progress lines say. Does not know: what they do.
 
 A process tells its progress in lines on its standard output (`progress TEXT` and `ready TEXT`). Its standard input stays open as
 long as this process lives: when it closes, the process stops by itself, so that nothing outlives a killed launcher.
@@ -36,7 +36,7 @@ class _Member:
     """One supervised process."""
 
     name: str
-    role: str
+    roles: str  # as --roles has them
     arguments: tuple[str, ...]
     process: asyncio.subprocess.Process | None = None
     is_ready: bool = False
@@ -82,11 +82,12 @@ class Launcher:
                 ("--worker", "gateway", "--cluster-port", str(self._cluster_port)),
             )
         ]
-        for role, seats in config.seats.items():
+        for kind, seats in config.seats.items():
             for number, seat in enumerate(seats):
-                name = f"{role}-{number}"
+                name = f"{kind.replace('+', '-')}-{number}"
+                roles = kind.replace("+", ",")
                 place = ("--device", seat.device, "--memory-fraction", str(seat.memory_fraction))
-                members.append(_Member(name, role, ("--worker", name, "--join", f"127.0.0.1:{self._cluster_port}", *place)))
+                members.append(_Member(name, roles, ("--worker", name, "--join", f"127.0.0.1:{self._cluster_port}", *place)))
         return members
 
     async def _keep(self, member: _Member) -> None:
@@ -128,12 +129,12 @@ class Launcher:
         return {member.name: self._words(member) for member in self._members}
 
     def _words(self, member: _Member) -> list[str]:
-        own = ("--supervised", "--roles", member.role, "--model", self._config.serve.model)
+        own = ("--supervised", "--roles", member.roles, "--model", self._config.serve.model)
         return [*own, *member.arguments, *self._config.passed_on, *self._same_port(member)]
 
     def _same_port(self, member: _Member) -> tuple[str, ...]:
         """A gateway that starts again is where it was, also if the port was any free one the first time."""
-        if member.role != "gateway" or not self._url:
+        if member.roles != "gateway" or not self._url:
             return ()
         return ("--port", self._url.rpartition(":")[2])
 
@@ -148,9 +149,9 @@ class Launcher:
 
     def _on_ready(self, member: _Member, text: str) -> None:
         again = " again" if member.num_starts > 1 else ""
-        print(f"  {member.name:<12} ready{again}{f' in {text}' if text and member.role != 'gateway' else ''}", flush=True)
+        print(f"  {member.name:<12} ready{again}{f' in {text}' if text and member.roles != 'gateway' else ''}", flush=True)
         member.is_ready = True
-        if member.role == "gateway":
+        if member.roles == "gateway":
             self._url = text
         if all(other.is_ready for other in self._members) and not again:
             print(banner(self._url, self._config.serve), flush=True)
@@ -169,8 +170,8 @@ class Launcher:
     async def _stop_all(self) -> None:
         """The gateway first, which lets running requests finish; then the workers, which have nothing left."""
         print("epd: stopping (again Ctrl-C to stop at once)", flush=True)
-        gateway = [member for member in self._members if member.role == "gateway"]
-        workers = [member for member in self._members if member.role != "gateway"]
+        gateway = [member for member in self._members if member.roles == "gateway"]
+        workers = [member for member in self._members if member.roles != "gateway"]
         await self._stop_some(gateway, self._config.serve.admission.drain_timeout_s + KILL_GRACE_S)
         await self._stop_some(workers, KILL_GRACE_S)
         for member in self._members:

@@ -222,6 +222,7 @@ class EncodeActor(StageActor):
             num_waiting=self._batcher.num_waiting,
             num_running=self._batcher.num_in_flight,
             outstanding_patches=self._batcher.outstanding_patches,
+            outstanding_tokens=self._batcher.outstanding_tokens,
             num_blocks=self._cache.num_blocks,
             num_free_blocks=self._cache.num_free_blocks,
             num_leases=self._cache.num_leases,

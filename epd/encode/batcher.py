@@ -72,6 +72,10 @@ class EncodeBatcher:
     def outstanding_patches(self) -> int:
         return sum(job.num_patches for job in self._jobs.values())
 
+    @property
+    def outstanding_tokens(self) -> int:
+        return sum(job.item.num_tokens for job in self._jobs.values())
+
     def has(self, mm_hash: str) -> bool:
         """Whether somebody waits for the image, or it is in flight."""
         return mm_hash in self._jobs

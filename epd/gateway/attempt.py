@@ -221,8 +221,8 @@ class Attempt:
         item = self._request.images[index].item
         avoid: set[WorkerId] = set()
         for attempt in range(1, MAX_ENCODES + 1):
-            near, left = self._placed.prefill.worker, self._time_left()
-            async with self._stages.fleet.encoder(item, near=near, avoid=frozenset(avoid), timeout_s=left) as encoder:
+            left = self._time_left()
+            async with self._stages.fleet.encoder(item, self._placed, avoid=frozenset(avoid), timeout_s=left) as encoder:
                 try:
                     encoded = await self._encode(index, encoder)
                     await self._deliver(index, encoded, encoder)

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -58,16 +59,16 @@ class Placed:
         self.prefill = prefill
         self.decode = decode
         self._placement = placement
-        self._of_prefill, self._of_decode = assignments
+        self.prompt, self._of_decode = assignments
         self._is_prefilled = False
 
     def prefilled(self) -> None:
         """The prefill worker is done with it."""
         self._is_prefilled = True
-        self._placement.end(self._of_prefill)
+        self._placement.end(self.prompt)
 
     def release(self, *, failed: bool = False) -> None:
-        self._placement.end(self._of_prefill, failed=failed and not self._is_prefilled)
+        self._placement.end(self.prompt, failed=failed and not self._is_prefilled)
         self._placement.end(self._of_decode, failed=failed)
 
 
@@ -190,7 +191,7 @@ class Fleet(Actor):
         def choose() -> Placed:
             of_prefill = self._placement.place_prefill(hashes, len(token_ids), avoid=avoid)
             try:
-                of_decode = self._placement.place_decode(hashes, len(token_ids), near=of_prefill.worker, avoid=avoid)
+                of_decode = self._placement.place_decode(hashes, len(token_ids), prompt=of_prefill, avoid=avoid)
             except Unavailable:
                 self._placement.end(of_prefill, failed=True)
                 raise
@@ -201,10 +202,11 @@ class Fleet(Actor):
 
     @asynccontextmanager
     async def encoder(
-        self, item: MMItem, *, near: WorkerId, avoid: frozenset[WorkerId], timeout_s: float
+        self, item: MMItem, placed: Placed, *, avoid: frozenset[WorkerId], timeout_s: float
     ) -> AsyncIterator[Endpoint]:
-        """An encode worker for one image, counted as busy with it meanwhile."""
-        assignment = await self._when_possible(lambda: self._placement.place_encode(item, near=near, avoid=avoid), timeout_s)
+        """An encode worker for one image of a request that is placed so, counted as busy with it meanwhile."""
+        place = partial(self._placement.place_encode, item, prompt=placed.prompt, avoid=avoid)
+        assignment = await self._when_possible(place, timeout_s)
         failed = True
         try:
             yield self._members[assignment.worker].endpoint

@@ -1,20 +1,30 @@
-"""Which worker a piece of work goes to: least load, with what a worker has cached taken off.
+"""Which worker a piece of work goes to: where it delays everybody least, with what a worker has cached taken off.
+
+Work is counted in seconds of its device, so that images and prompts add up where one worker has both stages, and a worker that is
+twice as fast gets twice as much (`Speeds`). What delays: the work that waits there already, and the work itself, once for its own
+request and once for every sequence that decodes on the same device. So where every worker has every stage, images of one request
+spread over devices that have nothing to do, and keep off those that stream.
 
 A worker's load is this gateway's own outstanding work there, known exactly, plus what the worker's last report shows beyond
 that: the work of other gateways. So a burst between two reports is spread. Of caches the gateway knows what it has caused itself:
 an image was encoded there, a prompt prefilled or decoded there. A worker that has evicted it meanwhile only does the work.
 
-Owns: outstanding work per worker and stage, and the memory of caches. Does not know: endpoints, requests, time.
+Owns: outstanding work per worker and stage, and the memory of caches. Does not know: endpoints, requests, what time it is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from epd.errors import InternalError, Unavailable
 from epd.gateway.cache_memory import CacheMemory
+from epd.gateway.speeds import Speeds
 from protocol.messages import MMItem, StageLoad, WorkerId
+
+_SIMILAR = 1.2  # decode loads within such a factor are as good as each other
+_Rank = tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +43,7 @@ class Assignment:
 
     role: str
     worker: WorkerId
-    amount: int  # patches to encode, tokens to prefill, blocks to decode in
+    amount: int  # tokens to encode or to prefill, blocks to decode in
     num_cached_tokens: int  # of an image or a prompt, that the worker is expected to have
     new_keys: tuple[Hashable, ...]  # that the worker will have in its cache afterwards
 
@@ -43,6 +53,7 @@ class _Stage:
     """One stage of one worker: its last report, this gateway's own work now, and how much of that there was at the report."""
 
     load: StageLoad
+    token_s: float = 0.0  # of the device, to encode or prefill a token
     given: set[Assignment] = field(default_factory=set)
     amount: int = 0
     reported_given: int = 0
@@ -56,8 +67,14 @@ class _Stage:
         """Outstanding amount, where the report says `reported`."""
         return self.amount + max(0, reported - self.reported_amount)
 
-    def estimate_requests(self, reported: int) -> int:
-        return len(self.given) + max(0, reported - self.reported_given)
+    def estimate_requests(self) -> int:
+        """Waiting or running."""
+        return len(self.given) + max(0, self.load.num_running + self.load.num_waiting - self.reported_given)
+
+    @property
+    def queue_s(self) -> float:
+        """Of the device, for what is to be encoded or prefilled."""
+        return self.token_s * self.estimate(self.load.outstanding_tokens)
 
 
 @dataclass(slots=True, eq=False)
@@ -65,8 +82,17 @@ class _Member:
     is_usable: bool = True
     stages: dict[str, _Stage] = field(default_factory=dict)
 
+    def queue_s(self, but: Assignment | None) -> float:
+        """Of the device, until it has encoded and prefilled all that it has been given, other than one assignment."""
+        queue_s = sum(stage.queue_s for stage in self.stages.values())
+        stage = self.stages.get(but.role) if but is not None else None
+        return queue_s - but.amount * stage.token_s if but is not None and stage is not None and but in stage.given else queue_s
 
-Cost = tuple[float, ...]
+    @property
+    def num_streams(self) -> int:
+        """Sequences that decode on the device."""
+        stage = self.stages.get("decode")
+        return stage.estimate_requests() if stage is not None else 0
 
 
 class Placement:
@@ -80,6 +106,7 @@ class Placement:
         self._block_size = block_size
         self._together = together
         self._members: dict[WorkerId, _Member] = {}
+        self._speeds = Speeds()
         self._caches = {"encode": CacheMemory(max_images), "prefill": CacheMemory(max_blocks), "decode": CacheMemory(max_blocks)}
 
     # --- the view ---------------------------------------------------------------------------------------------------
@@ -95,11 +122,17 @@ class Placement:
             loads = {load.role: load for load in view.stages}
             member.stages = {role: member.stages.get(role) or _Stage(load) for role, load in loads.items()}
             for role, stage in member.stages.items():
-                stage.report(loads[role])
+                if stage.load is not loads[role]:  # a report that was seen before says nothing of what has been given since
+                    stage.report(loads[role])
+                self._speeds.report(view.worker, loads[role])
+        for member_name, member in self._members.items():
+            for role, stage in member.stages.items():
+                stage.token_s = self._speeds.token_s(member_name, role)
 
     def forget(self, worker: WorkerId) -> None:
         """A worker has died: nothing goes there, nothing is cached there, and what it was given needs no end any more."""
         if self._members.pop(worker, None) is not None:
+            self._speeds.forget(worker)
             for cache in self._caches.values():
                 cache.forget(worker)
 
@@ -109,64 +142,70 @@ class Placement:
 
     # --- decisions --------------------------------------------------------------------------------------------------
 
-    def place_encode(self, item: MMItem, *, near: WorkerId | None = None, avoid: Collection[WorkerId] = ()) -> Assignment:
-        """Where the image has been encoded or is being encoded, else where the fewest patches are outstanding.
+    def place_encode(self, item: MMItem, *, prompt: Assignment | None = None, avoid: Collection[WorkerId] = ()) -> Assignment:
+        """Where the image has been encoded or is being encoded, else where that delays least.
 
         Args:
-            near: where the request is prefilled.
+            prompt: of the image's request. It waits for the image, not the image for it.
 
         Raises:
             Unavailable: there is no worker; the other two raise it too.
         """
         keys = (item.mm_hash,)
         holders = self._caches["encode"].longest(keys)
+        near = prompt.worker if prompt is not None else None
 
-        def cost(worker: WorkerId, stage: _Stage) -> Cost:
+        def rank(worker: WorkerId, stage: _Stage) -> _Rank:
             if self._together and worker != near:
                 return (2.0,)
             # An image that is there already does not queue behind others.
-            return (0.0,) if worker in holders else (1.0, stage.estimate(stage.load.outstanding_patches))
+            return (0.0,) if worker in holders else (1.0, self._delay_s(worker, item.num_tokens * stage.token_s, but=prompt))
 
-        worker = self._cheapest("encode", cost, avoid)
+        worker = self._best("encode", rank, avoid)
         if worker in holders:
             return self._assign("encode", worker, 0, item.num_tokens, keys, num_known=1)
-        return self._assign("encode", worker, item.grid_t * item.grid_h * item.grid_w, 0, keys)
+        return self._assign("encode", worker, item.num_tokens, 0, keys)
 
     def place_prefill(self, hashes: Sequence[int], num_tokens: int, *, avoid: Collection[WorkerId] = ()) -> Assignment:
-        """Where the prompt is computed first: after the outstanding tokens, its own that the worker has not cached."""
+        """Where the prompt, but for what is cached of it, delays least."""
         holders = self._caches["prefill"].longest(hashes)
 
-        def cost(worker: WorkerId, stage: _Stage) -> Cost:
-            num_tokens_before = stage.estimate(stage.load.outstanding_tokens) - holders.get(worker, 0) * self._block_size
-            return (self._num_here(worker), num_tokens_before) if self._together else (num_tokens_before,)
+        def num_cached(worker: WorkerId) -> int:
+            # The last token is always computed.
+            return min(holders.get(worker, 0) * self._block_size, num_tokens - 1)
 
-        worker = self._cheapest("prefill", cost, avoid)
-        num_known = holders.get(worker, 0)
-        # The last token is always computed.
-        num_cached_tokens = min(num_known * self._block_size, num_tokens - 1)
-        return self._assign("prefill", worker, num_tokens - num_cached_tokens, num_cached_tokens, hashes, num_known)
+        def rank(worker: WorkerId, stage: _Stage) -> _Rank:
+            delay_s = self._delay_s(worker, (num_tokens - num_cached(worker)) * stage.token_s)
+            return (self._num_here(worker), delay_s) if self._together else (delay_s,)
+
+        worker = self._best("prefill", rank, avoid)
+        cached = num_cached(worker)
+        return self._assign("prefill", worker, num_tokens - cached, cached, hashes, holders.get(worker, 0))
 
     def place_decode(
-        self, hashes: Sequence[int], num_tokens: int, *, near: WorkerId | None = None, avoid: Collection[WorkerId] = ()
+        self, hashes: Sequence[int], num_tokens: int, *, prompt: Assignment | None = None, avoid: Collection[WorkerId] = ()
     ) -> Assignment:
-        """Where a step is shortest: few requests, few blocks in use. Workers without room for the prompt come last.
+        """Where a step is shortest: few requests, few blocks in use. Workers without room for the prompt come last; of workers
+        that are about as good, the one that has least to encode and to prefill.
 
         Args:
-            near: taken where others are no better: from its prefill stage to its decode stage no block needs to travel.
+            prompt: where it is prefilled no block needs to travel, which is taken to cost as long as prefilling it.
         """
         holders = self._caches["decode"].longest(hashes)
         num_blocks = -(-(num_tokens + 1) // self._block_size)
+        near = prompt.worker if prompt is not None else None
+        travel_s = prompt.amount * self._speeds.token_s(prompt.worker, "prefill") if prompt is not None else 0.0
 
-        def cost(worker: WorkerId, stage: _Stage) -> Cost:
+        def rank(worker: WorkerId, stage: _Stage) -> _Rank:
             load = stage.load
-            num_requests = stage.estimate_requests(load.num_running + load.num_waiting)
             num_used = stage.estimate(load.num_blocks - load.num_free_blocks) + num_blocks - holders.get(worker, 0)
             # Before the first report nothing is known of the pool: as if it were empty.
             used_share = num_used / load.num_blocks if load.num_blocks else 0.0
-            elsewhere = worker != near
-            return self._together and elsewhere, used_share > 1, (num_requests + 1) * (1 + used_share), elsewhere
+            step = (stage.estimate_requests() + 1) * (1 + used_share)
+            held_up_s = self._members[worker].queue_s(but=prompt) + (travel_s if worker != near else 0.0)
+            return self._together and worker != near, used_share > 1, round(math.log(step, _SIMILAR)), held_up_s, step
 
-        worker = self._cheapest("decode", cost, avoid)
+        worker = self._best("decode", rank, avoid)
         num_known = holders.get(worker, 0)
         return self._assign("decode", worker, num_blocks - num_known, num_known * self._block_size, hashes, num_known)
 
@@ -200,17 +239,22 @@ class Placement:
         """Pieces of work that this worker has been given, in all of its stages."""
         return sum(len(stage.given) for stage in self._members[worker].stages.values())
 
-    def _cheapest(self, role: str, cost: Callable[[WorkerId, _Stage], Cost], avoid: Collection[WorkerId]) -> WorkerId:
+    def _delay_s(self, worker: WorkerId, work_s: float, *, but: Assignment | None = None) -> float:
+        """Until work that begins now is done there, and what that costs the sequences that decode there."""
+        member = self._members[worker]
+        return member.queue_s(but) + work_s * (1 + member.num_streams)
+
+    def _best(self, role: str, rank: Callable[[WorkerId, _Stage], _Rank], avoid: Collection[WorkerId]) -> WorkerId:
         candidates = self.candidates(role)
         if not candidates:
             raise Unavailable(f"no {role} worker is there to take this")
 
-        def rank(worker: WorkerId) -> tuple[bool, Cost, int]:
+        def place(worker: WorkerId) -> tuple[bool, _Rank, int]:
             stage = self._members[worker].stages[role]
             # Equal ones take turns.
-            return worker in avoid, cost(worker, stage), stage.num_ever
+            return worker in avoid, rank(worker, stage), stage.num_ever
 
-        return min(candidates, key=rank)
+        return min(candidates, key=place)
 
     def _assign(
         self, role: str, worker: WorkerId, amount: int, num_cached_tokens: int, keys: Sequence[Hashable], num_known: int = 0

@@ -45,7 +45,7 @@ from protocol.messages import (
 
 
 class PrefillActor(StageActor):
-    """One per prefill worker. `spare_blocks`: how many blocks a decode stage on the same pool wants left free now."""
+    """One per prefill worker. `num_beside`: how many requests decode on the same worker now."""
 
     role = "prefill"
 
@@ -63,11 +63,11 @@ class PrefillActor(StageActor):
         checksum_stream: Stream,
         merge_size: int,
         lease_s: float,
-        spare_blocks: Callable[[], int],
+        num_beside: Callable[[], int],
         clock: Clock,
     ) -> None:
         super().__init__(clock=clock)
-        self._spare_blocks = spare_blocks
+        self._num_beside = num_beside
         self._scheduler = scheduler
         self._blocks = blocks
         self._memory = memory
@@ -202,7 +202,7 @@ class PrefillActor(StageActor):
 
     def _launch(self) -> None:
         while self._scheduler.can_plan:
-            plan = self._scheduler.plan(self.clock(), spare_blocks=self._spare_blocks())
+            plan = self._scheduler.plan(self.clock(), num_beside=self._num_beside())
             for finished in plan.reused:
                 self._entries[finished.request.request_id].add_finished(finished)
             if not plan.chunks:

@@ -54,6 +54,7 @@ from protocol.messages import RequestId, Token
 class PrefillConfig:
     block_size: int
     token_budget: int  # new tokens in one step, at most
+    budget_beside_decode: int  # the same while anybody decodes on this worker
     max_chunk_tokens: int  # of one request in one step
     max_running: int  # requests in one step
     max_model_len: int
@@ -65,8 +66,8 @@ class PrefillScheduler:
     """A request is added once and leaves by `release` or `abort`."""
 
     def __init__(self, config: PrefillConfig, pool: BlockPool) -> None:
-        limits = (config.block_size, config.token_budget, config.max_chunk_tokens, config.max_running, config.max_steps_in_flight)
-        if min(limits) < 1:
+        budget = min(config.token_budget, config.budget_beside_decode)
+        if min(config.block_size, budget, config.max_chunk_tokens, config.max_running, config.max_steps_in_flight) < 1:
             raise BadConfig("prefill limits must be at least 1")
         self._config = config
         self._pool = pool
@@ -187,12 +188,12 @@ class PrefillScheduler:
         """Whether there may be one more step in flight."""
         return len(self._in_flight) < self._config.max_steps_in_flight
 
-    def plan(self, now: float, *, spare_blocks: int = 0) -> PrefillPlan:
+    def plan(self, now: float, *, num_beside: int = 0) -> PrefillPlan:
         """The next step; without chunks when there is nothing to compute.
 
         Args:
-            spare_blocks: admissions leave that many blocks free, for a decode scheduler on the same pool. It must be 0 when
-                decode holds no blocks, or a long prompt would wait for ever.
+            num_beside: requests that decode on the same worker and pool. The step is kept short for their sake, and admissions
+                leave a block free for each of them; where there are none a long prompt must not wait for blocks.
         """
         if not self.can_plan:
             raise InternalError(f"{len(self._in_flight)} prefill steps are not committed yet")
@@ -200,8 +201,8 @@ class PrefillScheduler:
         if self._suspects:
             chunks = self._suspects.next(_is_next) if not self._in_flight else ()
         else:
-            reused = self._admit(now, spare_blocks)
-            chunks = self._share_budget()
+            reused = self._admit(now, num_beside)
+            chunks = self._share_budget(beside_decode=num_beside > 0)
         for chunk in chunks:
             chunk.request.num_scheduled_tokens = chunk.end
             chunk.request.num_steps_in_flight += 1
@@ -265,7 +266,7 @@ class PrefillScheduler:
 
     # --- admission --------------------------------------------------------------------------------------------------
 
-    def _admit(self, now: float, spare_blocks: int) -> tuple[FinishedBlocks, ...]:
+    def _admit(self, now: float, num_spare_blocks: int) -> tuple[FinishedBlocks, ...]:
         """Give blocks to waiting requests in order of arrival. Who cannot use them yet is passed over and keeps its place."""
         admitted: list[FinishedBlocks] = []
         num_runnable = sum(request.is_runnable for request in self._running.values())
@@ -281,7 +282,7 @@ class PrefillScheduler:
                 continue
             if is_stalled and num_stalled_blocks + num_blocks > self._max_stalled_blocks:
                 continue
-            if num_blocks - cached.num_blocks > self._pool.num_free - cached.num_evictable - spare_blocks:
+            if num_blocks - cached.num_blocks > self._pool.num_free - cached.num_evictable - num_spare_blocks:
                 break
             self._start(request, now)
             num_runnable += 1
@@ -323,10 +324,11 @@ class PrefillScheduler:
             if request.block_table and request.is_stalled(request.num_computed_tokens)
         )
 
-    def _share_budget(self) -> tuple[PrefillChunk, ...]:
+    def _share_budget(self, *, beside_decode: bool) -> tuple[PrefillChunk, ...]:
+        budget = self._config.token_budget
         return share_budget(
             [request for request in self._running.values() if request.is_runnable],
-            token_budget=self._config.token_budget,
+            token_budget=min(budget, self._config.budget_beside_decode) if beside_decode else budget,
             max_chunk_tokens=self._config.max_chunk_tokens,
             max_running=self._config.max_running,
             block_size=self._config.block_size,

@@ -19,6 +19,19 @@ def test_every_worker_is_started_on_its_seat() -> None:
     assert commands["gateway"].device == "cpu"  # a gateway needs none
 
 
+def test_workers_of_several_stages() -> None:
+    words = ["cluster", "--workers", "decode+prefill:2,encode+prefill+decode:1", "--device", "cuda:0,cuda:0,cuda:1"]
+    config = parse(words)
+    assert isinstance(config, ClusterConfig)
+    commands = {name: parse(["serve", *words]) for name, words in Launcher(config).commands().items()}
+    assert {name: (command.roles, command.device, command.memory_fraction) for name, command in commands.items()} == {  # type: ignore[union-attr]
+        "gateway": (("gateway",), "cpu", 0.9),
+        "prefill-decode-0": (("prefill", "decode"), "cuda:0", 0.45),
+        "prefill-decode-1": (("prefill", "decode"), "cuda:0", 0.45),
+        "encode-prefill-decode-0": (("encode", "prefill", "decode"), "cuda:1", 0.9),
+    }
+
+
 def test_secrets_go_along_in_the_environment_and_not_where_everybody_reads_them() -> None:
     config = parse(["cluster", "--api-key", "a secret"])
     assert isinstance(config, ClusterConfig)

@@ -182,6 +182,19 @@ async def test_a_killed_worker(
     pairs.wait_until_idle()
 
 
+async def test_a_killed_worker_that_had_all_stages(wanted: dict[str, Said]) -> None:
+    options = ("--workers", "encode+prefill+decode:2", "--max-chunk-tokens", "16", "--budget-beside-decode", "32")
+    with process_cluster(*options, "--max-patches", "64", "--lease-s", "600") as cluster:
+        names = ["encode-prefill-decode-0", "encode-prefill-decode-1"]
+        pid = cluster.workers()[names[0]]
+        pools = own_pools(pid)
+        await disturb(cluster.url, [*LONG, *IMAGES], wanted, at=80, act=lambda: os.kill(pid, signal.SIGKILL))
+        assert num_retries(cluster) > 0
+        await asyncio.to_thread(cluster.wait_for_workers, names, other_than=[pid])
+        check_nothing_left_of(pools, cluster)
+        cluster.wait_until_idle()
+
+
 async def test_a_killed_gateway_is_back_and_has_its_workers(pairs: ProcessCluster, wanted: dict[str, Said]) -> None:
     """Its streams end with it, as there is nobody to send them; the workers drop what it had asked and join the next one."""
     workers = pairs.workers()

@@ -131,10 +131,16 @@ async def test_with_a_step_in_flight_behind_the_one_that_runs(
         await cluster.idle()
 
 
-async def test_workers_that_prefill_and_decode(undisturbed: Sequence[Said]) -> None:
+SEVERAL_STAGES = (
+    ("gateway,encode", "prefill,decode", "prefill,decode", "decode"),
+    ("gateway", *["encode,prefill,decode"] * 3),
+)
+
+
+@pytest.mark.parametrize("layout", SEVERAL_STAGES, ids=" ".join)
+async def test_workers_that_prefill_and_decode(undisturbed: Sequence[Said], layout: Sequence[str]) -> None:
     """Some hand-offs move a table, others copy blocks, into pools that prefill uses too."""
-    layout = ("gateway,encode", "prefill,decode", "prefill,decode", "decode")
-    async with node_cluster(layout, *TIGHT, "--max-chunk-tokens", "32") as cluster:
+    async with node_cluster(layout, *TIGHT, "--max-chunk-tokens", "32", "--budget-beside-decode", "40") as cluster:
         await check_cold_and_warm(cluster.url, undisturbed)
         await cluster.idle()
         assert await rungs(cluster) >= {("decode", "local"), ("decode", "mapped")}

@@ -58,6 +58,7 @@ class ClusterMachine(RuleBasedStateMachine):
             decode_blocks=least + data.draw(st.integers(0, least // 2), "more decode blocks"),
             max_model_len=max_model_len,
             token_budget=data.draw(st.integers(1, 24), "token_budget"),
+            budget_beside_decode=data.draw(st.integers(1, 24), "budget_beside_decode"),
             max_chunk_tokens=data.draw(st.integers(1, 24), "max_chunk_tokens"),
             max_running=data.draw(st.integers(1, 4), "max_running"),
             num_ids=data.draw(st.sampled_from([5, 100]), "num_ids"),

@@ -115,12 +115,13 @@ async def test_work_waits_for_a_worker_and_not_for_ever() -> None:
 
 async def test_an_encoder_is_busy_while_it_is_used() -> None:
     async with _fleet() as (fleet, _, worker):
-        await worker.ask(DIRECTORY, _join(worker, "encode"), timeout_s=5)
-        async with fleet.encoder(item(b"x", 0, 3), near=worker.worker, avoid=frozenset(), timeout_s=1) as endpoint:
+        await worker.ask(DIRECTORY, _join(worker, "encode", "prefill", "decode"), timeout_s=5)
+        placed = await fleet.place(REQUEST.token_ids, REQUEST, avoid=frozenset(), timeout_s=0)
+        async with fleet.encoder(item(b"x", 0, 3), placed, avoid=frozenset(), timeout_s=1) as endpoint:
             assert endpoint == worker.endpoint
             assert fleet._placement.num_outstanding("encode") == 1
         with pytest.raises(EpdError):
-            async with fleet.encoder(item(b"x", 0, 3), near=worker.worker, avoid=frozenset(), timeout_s=1):
+            async with fleet.encoder(item(b"x", 0, 3), placed, avoid=frozenset(), timeout_s=1):
                 raise Unavailable("it failed")
         assert fleet._placement.num_outstanding("encode") == 0
 

@@ -16,14 +16,18 @@ from protocol.messages import MMItem, StageLoad, WorkerId
 BLOCK = 16
 
 
-def an_image(mm_hash: str, num_patches: int = 64) -> MMItem:
-    return MMItem(mm_hash, 0, num_patches // 4, 1, 1, num_patches)
+def an_image(mm_hash: str, num_tokens: int = 64) -> MMItem:
+    return MMItem(mm_hash, 0, num_tokens, 1, 2, 2 * num_tokens)
+
+
+def a_prompt(worker: str) -> Assignment:
+    """Placed there, and done."""
+    return Assignment("prefill", WorkerId(worker), 100, 0, ())
 
 
 def view(
     name: str,
     *roles: str,
-    patches: int = 0,
     tokens: int = 0,
     running: int = 0,
     free: int = 100,
@@ -34,8 +38,7 @@ def view(
         StageLoad(
             role,
             num_running=running,
-            outstanding_patches=patches,
-            outstanding_tokens=tokens,
+            outstanding_tokens=0 if role == "decode" else tokens,
             num_blocks=100,
             num_free_blocks=free,
         )
@@ -54,20 +57,20 @@ def test_together_a_request_stays_on_one_worker_and_requests_spread_by_number() 
     placement = Placement(block_size=BLOCK, together=True)
     placement.update([view(name, "encode", "prefill", "decode", running=7 * (name == "w2")) for name in ("w1", "w2")])
     first = placement.place_prefill([], 900)
-    assert placement.place_decode([], 900, near=first.worker).worker == first.worker
-    assert {placement.place_encode(an_image(f"i{n}"), near=first.worker).worker for n in range(3)} == {first.worker}
+    assert placement.place_decode([], 900, prompt=first).worker == first.worker
+    assert {placement.place_encode(an_image(f"i{n}"), prompt=first).worker for n in range(3)} == {first.worker}
     second = placement.place_prefill([], 10)
     assert second.worker != first.worker
-    assert placement.place_decode([], 10, near=second.worker).worker == second.worker
+    assert placement.place_decode([], 10, prompt=second).worker == second.worker
     # an image that is cached on the other worker is encoded again
-    assert placement.place_encode(an_image("i0"), near=second.worker).worker == second.worker
+    assert placement.place_encode(an_image("i0"), prompt=second).worker == second.worker
 
 
 def test_together_goes_elsewhere_for_a_stage_that_the_worker_does_not_have() -> None:
     placement = Placement(block_size=BLOCK, together=True)
     placement.update([view("p", "prefill"), view("d", "decode"), view("e", "encode")])
-    assert placement.place_decode([], 10, near=WorkerId("p")).worker == "d"
-    assert placement.place_encode(an_image("i"), near=WorkerId("p")).worker == "e"
+    assert placement.place_decode([], 10, prompt=a_prompt("p")).worker == "d"
+    assert placement.place_encode(an_image("i"), prompt=a_prompt("p")).worker == "e"
 
 
 # --- encode -------------------------------------------------------------------------------------------------------------
@@ -79,8 +82,8 @@ def test_images_of_one_request_spread_over_equal_encoders() -> None:
     assert placed == {"e1": 3, "e2": 3, "e3": 3}
 
 
-def test_an_image_goes_where_the_fewest_patches_are_outstanding() -> None:
-    placement = a_placement(view("e1", "encode", patches=100), view("e2", "encode"))
+def test_an_image_goes_where_the_fewest_tokens_are_outstanding() -> None:
+    placement = a_placement(view("e1", "encode", tokens=100), view("e2", "encode"))
     assert placement.place_encode(an_image("large", 400)).worker == "e2"
     assert placement.place_encode(an_image("a", 200)).worker == "e1"
     assert placement.place_encode(an_image("b", 200)).worker == "e1"
@@ -93,7 +96,7 @@ def test_an_image_goes_back_to_where_it_is_cached_at_no_cost() -> None:
     other = placement.place_encode(an_image("b", 6400))
     assert first.worker != other.worker
     again = placement.place_encode(an_image("b", 6400))
-    assert (again.worker, again.amount, again.num_cached_tokens) == (other.worker, 0, 1600)
+    assert (again.worker, again.amount, again.num_cached_tokens) == (other.worker, 0, 6400)
     assert (first.amount, first.num_cached_tokens) == (64, 0)
 
 
@@ -105,7 +108,7 @@ def test_what_failed_is_not_expected_to_be_cached() -> None:
 
 
 def test_a_worker_that_failed_this_work_is_the_last_choice() -> None:
-    placement = a_placement(view("e1", "encode"), view("e2", "encode", patches=9999))
+    placement = a_placement(view("e1", "encode"), view("e2", "encode", tokens=9999))
     assert placement.place_encode(an_image("a"), avoid=[WorkerId("e1")]).worker == "e2"
     assert placement.place_encode(an_image("b"), avoid=[WorkerId("e1"), WorkerId("e2")]).worker == "e1"
 
@@ -160,7 +163,7 @@ def test_requests_spread_over_equal_decoders() -> None:
 )
 def test_decode_goes_where_a_step_is_shortest(one: WorkerView, other: WorkerView, chosen: str) -> None:
     placement = a_placement(one, other)
-    assert placement.place_decode((), 100, near=WorkerId("d2")).worker == chosen
+    assert placement.place_decode((), 100, prompt=a_prompt("d2")).worker == chosen
 
 
 def test_a_conversation_returns_to_the_decoder_that_has_it() -> None:
@@ -173,26 +176,108 @@ def test_a_conversation_returns_to_the_decoder_that_has_it() -> None:
     assert (again.worker, again.amount, again.num_cached_tokens) == (first.worker, 2, 320)
 
 
+# --- seconds of devices --------------------------------------------------------------------------------------------------
+
+
+def worked(name: str, *stages: StageLoad) -> WorkerView:
+    return WorkerView(WorkerId(name), stages)
+
+
+def test_a_worker_that_is_twice_as_fast_gets_twice_as_much() -> None:
+    placement = a_placement(
+        worked("fast", StageLoad("prefill", busy_s=1.0, num_tokens=20_000)),
+        worked("slow", StageLoad("prefill", busy_s=1.0, num_tokens=10_000)),
+    )
+    assert Counter(placement.place_prefill((), 100).worker for _ in range(30)) == {"fast": 20, "slow": 10}
+
+
+def test_images_keep_off_a_worker_that_has_prompts_to_compute() -> None:
+    placement = a_placement(view("w1", "encode", "prefill"), view("w2", "encode", "prefill"))
+    busy = placement.place_prefill((), 1000)
+    images = [placement.place_encode(an_image(f"i{number}", 100)).worker for number in range(4)]
+    assert set(images) == {"w1", "w2"} - {busy.worker}
+
+
+def test_a_prompt_keeps_off_a_worker_that_has_images_to_encode() -> None:
+    placement = a_placement(view("w1", "encode", "prefill"), view("w2", "encode", "prefill"))
+    busy = placement.place_encode(an_image("i", 1000))
+    assert placement.place_prefill((), 10).worker != busy.worker
+
+
+def test_an_image_and_a_prompt_weigh_what_they_take() -> None:
+    stages = (StageLoad("encode", busy_s=1.0, num_tokens=1000), StageLoad("prefill", busy_s=1.0, num_tokens=10_000))
+    placement = a_placement(worked("w1", *stages), worked("w2", *stages))
+    busy = placement.place_encode(an_image("i", 100))  # 0.1 s
+    assert [placement.place_prefill((), 900).worker == busy.worker for _ in range(2)] == [False, False]  # 0.09 s each
+    assert placement.place_prefill((), 900).worker == busy.worker
+
+
+def test_a_request_s_own_prompt_does_not_keep_its_images_away() -> None:
+    """It waits for them: the first of them might as well be encoded where it is prefilled, the second would be in the way."""
+    placement = a_placement(view("w1", "encode", "prefill"), view("w2", "encode", "prefill"))
+    prompt = placement.place_prefill((), 1000)
+    images = {placement.place_encode(an_image(f"i{number}", 100), prompt=prompt).worker for number in range(2)}
+    assert images == {"w1", "w2"}
+
+
+def test_work_keeps_off_workers_that_stream() -> None:
+    stages = ("encode", "prefill", "decode")
+    placement = a_placement(view("w1", *stages, running=3), view("w2", *stages, running=1), view("w3", *stages))
+    images = Counter(placement.place_encode(an_image(f"i{number}", 100)).worker for number in range(4))
+    # 100, 200, then as long for w3's third as for w2's first, which one sequence there would feel
+    assert images == {"w3": 2, "w2": 2}
+
+
+def test_decode_goes_where_little_else_is_to_be_done_unless_that_is_elsewhere_and_not_worth_the_way() -> None:
+    stages = ("prefill", "decode")
+    placement = a_placement(view("w1", *stages), view("w2", *stages))
+    prompt = placement.place_prefill((), 100)
+    assert placement.place_decode((), 100, prompt=prompt).worker == prompt.worker  # its own prompt is not in its way
+    placement = a_placement(view("w1", *stages), view("w2", *stages, tokens=1000))
+    prompt = Assignment("prefill", WorkerId("w2"), 100, 0, ())
+    assert placement.place_decode((), 100, prompt=prompt).worker == "w1"
+    long = Assignment("prefill", WorkerId("w2"), 2000, 0, ())
+    assert a_placement(view("w1", *stages), view("w2", *stages, tokens=1000)).place_decode((), 2000, prompt=long).worker == "w2"
+
+
+def test_decode_loads_that_are_about_equal_do_not_move_a_request() -> None:
+    placement = a_placement(view("w1", "prefill", "decode", running=19), view("w2", "prefill", "decode", running=20))
+    assert placement.place_decode((), 16, prompt=Assignment("prefill", WorkerId("w2"), 16, 0, ())).worker == "w2"
+    assert placement.place_decode((), 16).worker == "w1"  # with nothing to be gained it is the shorter step
+
+
 # --- the view -----------------------------------------------------------------------------------------------------------
 
 
 def test_what_was_given_since_the_report_counts_beside_it() -> None:
-    placement = a_placement(view("e1", "encode", patches=100), view("e2", "encode", patches=220))
+    placement = a_placement(view("e1", "encode", tokens=100), view("e2", "encode", tokens=220))
     assert [placement.place_encode(an_image(f"i{number}")).worker for number in range(3)] == ["e1", "e1", "e2"]
 
 
 def test_a_report_that_shows_our_own_work_does_not_count_it_twice() -> None:
     placement = a_placement(view("e1", "encode"), view("e2", "encode"))
     assert placement.place_encode(an_image("a", 100)).worker == "e1"
-    placement.update([view("e1", "encode", patches=100), view("e2", "encode", patches=150)])
+    placement.update([view("e1", "encode", tokens=100), view("e2", "encode", tokens=150)])
     assert placement.place_encode(an_image("b", 10)).worker == "e1"
 
 
 def test_a_late_report_does_not_hide_our_own_work() -> None:
     placement = a_placement(view("e1", "encode"), view("e2", "encode"))
     assert placement.place_encode(an_image("a", 100)).worker == "e1"
-    placement.update([view("e1", "encode", patches=0), view("e2", "encode", patches=50)])
+    placement.update([view("e1", "encode", tokens=0), view("e2", "encode", tokens=50)])
     assert placement.place_encode(an_image("b", 10)).worker == "e2"
+
+
+def test_a_report_of_another_worker_says_nothing_of_this_one() -> None:
+    """What this one reported included work of ours that has ended since."""
+    placement = a_placement(view("p1", "prefill"), view("p2", "prefill"))
+    placed = placement.place_prefill((), 100)
+    assert placed.worker == "p1"
+    shown = view("p1", "prefill", tokens=100)
+    placement.update([shown, view("p2", "prefill")])
+    placement.end(placed)
+    placement.update([shown, view("p2", "prefill", tokens=50)])
+    assert placement.place_prefill((), 10).worker == "p1"
 
 
 def test_ended_work_does_not_count_and_ends_once() -> None:
@@ -275,9 +360,13 @@ class PlacementMachine(RuleBasedStateMachine):
     @rule()
     def refresh(self) -> None:
         """Reports that show exactly our own work, or nothing of it yet."""
-        patches, tokens = self.amounts("encode"), self.amounts("prefill")
+        encode, prefill = self.amounts("encode"), self.amounts("prefill")
         self.placement.update(
-            view(w, "encode", "prefill", patches=patches[w], tokens=tokens[w], is_draining=w in self.draining)
+            WorkerView(
+                w,
+                (StageLoad("encode", outstanding_tokens=encode[w]), StageLoad("prefill", outstanding_tokens=prefill[w])),
+                is_draining=w in self.draining,
+            )
             for w in self.workers
         )
 
@@ -290,13 +379,13 @@ class PlacementMachine(RuleBasedStateMachine):
     def place(self, size: int, is_image: bool, avoid: set[str]) -> None:
         self.num_images += 1
         role = "encode" if is_image else "prefill"
-        item = an_image(f"i{self.num_images}", 4 * size)
+        item = an_image(f"i{self.num_images}", size)
         avoided = [WorkerId(name) for name in avoid]
         if not self.usable():
             with pytest.raises(Unavailable):
                 self.placement.place_prefill((), size)
             return
-        amounts = self.amounts(role)
+        amounts = self.amounts("encode") + self.amounts("prefill")  # the two stages of a worker share its device
         if is_image:
             placed = self.placement.place_encode(item, avoid=avoided)
         else:
@@ -304,7 +393,7 @@ class PlacementMachine(RuleBasedStateMachine):
         choice = [worker for worker in self.usable() if worker not in avoided] or self.usable()
         assert placed.worker in choice
         assert amounts[placed.worker] == min(amounts[worker] for worker in choice)
-        assert placed.amount == (4 * size if is_image else size)
+        assert (placed.role, placed.amount) == (role, size)
         self.outstanding.append(placed)
 
     @precondition(lambda self: self.outstanding)

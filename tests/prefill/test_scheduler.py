@@ -27,14 +27,23 @@ class Bench:
         *,
         num_blocks: int = 64,
         token_budget: int = 16,
+        budget_beside_decode: int = 16,
         max_chunk_tokens: int = 16,
         max_running: int = 8,
         max_model_len: int = 64,
         max_steps_in_flight: int = 4,
     ) -> None:
         self.pool = BlockPool(num_blocks)
+        eos = frozenset([EOS])
         config = PrefillConfig(
-            BLOCK, token_budget, max_chunk_tokens, max_running, max_model_len, frozenset([EOS]), max_steps_in_flight
+            BLOCK,
+            token_budget,
+            budget_beside_decode,
+            max_chunk_tokens,
+            max_running,
+            max_model_len,
+            eos,
+            max_steps_in_flight,
         )
         self.scheduler = PrefillScheduler(config, self.pool)
         self.finished: list[str] = []
@@ -67,8 +76,8 @@ class Bench:
             self.scheduler.embedding_ready(request.request_id, index)
         return request
 
-    def plan(self, *, spare_blocks: int = 0) -> PrefillPlan:
-        plan = self.scheduler.plan(0.0, spare_blocks=spare_blocks)
+    def plan(self, *, num_beside: int = 0) -> PrefillPlan:
+        plan = self.scheduler.plan(0.0, num_beside=num_beside)
         self.check()
         return plan
 
@@ -388,12 +397,26 @@ def test_with_room_for_one_token_nobody_will_decode() -> None:
     assert bench.step() == [("a", 0, 8), ("c", 0, 8)]
 
 
-def test_spare_blocks_are_left_to_decode() -> None:
+def test_a_block_is_left_for_each_request_that_decodes_on_the_same_pool() -> None:
     bench = Bench(num_blocks=16)
     bench.add("a", ramp(16))
     bench.add("b", ramp(16, 300))
-    assert spans(bench.plan(spare_blocks=13)) == []
-    assert spans(bench.plan(spare_blocks=12)) == [("a", 0, 16)]
+    assert spans(bench.plan(num_beside=13)) == []
+    assert spans(bench.plan(num_beside=12)) == [("a", 0, 16)]
+
+
+def test_steps_are_short_while_somebody_decodes_on_the_same_worker() -> None:
+    bench = Bench(num_blocks=64, token_budget=16, budget_beside_decode=8)
+    bench.add("a", ramp(28))
+    assert spans(bench.plan()) == [("a", 0, 16)]
+    assert spans(bench.plan(num_beside=1)) == [("a", 16, 24)]
+    assert spans(bench.plan()) == [("a", 24, 28)]
+
+
+def test_a_budget_beside_decode_above_the_budget_changes_nothing() -> None:
+    bench = Bench(num_blocks=64, token_budget=8, budget_beside_decode=100)
+    bench.add("a", ramp(12))
+    assert spans(bench.plan(num_beside=1)) == [("a", 0, 8)]
 
 
 def test_a_table_outlives_its_prefill_by_the_references_of_others() -> None:

@@ -25,6 +25,7 @@ from tests.support.paged import Cell, PagedMemory, cells_of, draw, generate
 EOS = 0
 RUBBISH: Cell = ("rubbish",)
 FOR_EVER = 1e9
+FAR = 10**9
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Sizes:
     decode_blocks: int = 16
     max_model_len: int = 40
     token_budget: int = 12
+    budget_beside_decode: int = 12
     max_chunk_tokens: int = 12
     max_running: int = 4
     num_ids: int = 5
@@ -84,6 +86,7 @@ class Cluster:
         limits = PrefillConfig(
             sizes.block_size,
             sizes.token_budget,
+            sizes.budget_beside_decode,
             sizes.max_chunk_tokens,
             sizes.max_running,
             sizes.max_model_len,
@@ -160,8 +163,9 @@ class Cluster:
     def plan_prefill(self) -> bool:
         if not self.prefill.can_plan:
             return False
-        plan = self.prefill.plan(0.0, spare_blocks=self.decode.num_running if self.sizes.is_shared else 0)
-        assert plan.num_tokens <= self.sizes.token_budget
+        num_beside = self.decode.num_running if self.sizes.is_shared else 0
+        plan = self.prefill.plan(0.0, num_beside=num_beside)
+        assert plan.num_tokens <= min(self.sizes.token_budget, self.sizes.budget_beside_decode if num_beside else FAR)
         assert len(plan.chunks) <= self.sizes.max_running
         assert len({chunk.request.request_id for chunk in plan.chunks}) == len(plan.chunks)
         for chunk in plan.chunks:

@@ -224,7 +224,7 @@ async def add_prefill(
     memory = shared.memory if shared else _kv_memory(backend, num_blocks)
     blocks = shared.blocks if shared else BlockPool(num_blocks)
     runner = CheckedRunner(memory)
-    config = PrefillConfig(BLOCK_SIZE, budget, chunk, 16, MAX_LEN, frozenset({EOS}), max_steps_in_flight)
+    config = PrefillConfig(BLOCK_SIZE, budget, chunk, chunk, 16, MAX_LEN, frozenset({EOS}), max_steps_in_flight)
     scheduler = PrefillScheduler(config, blocks)
     pools = [memory, *local]
     receiver = Receiver(system, backend, backend.open_stream("in"), allowed=allowed, local_pools=pools, clock=clock)
@@ -247,7 +247,7 @@ async def add_prefill(
         checksum_stream=backend.open_stream("sums"),
         merge_size=1,
         lease_s=lease_s,
-        spare_blocks=lambda: sum(decode.num_running for decode in shared.decode) if shared else 0,
+        num_beside=lambda: sum(decode.num_running for decode in shared.decode) if shared else 0,
         clock=clock,
     )
     await system.register("prefill", actor)
