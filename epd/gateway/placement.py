@@ -2,8 +2,9 @@
 
 Work is counted in seconds of its device, so that images and prompts add up where one worker has both stages, and a worker that is
 twice as fast gets twice as much (`Speeds`). What delays: the work that waits there already, and the work itself, once for its own
-request and once for every sequence that decodes on the same device. So where every worker has every stage, images of one request
-spread over devices that have nothing to do, and keep off those that stream.
+request and once more where somebody decodes on the same device. So where every worker has every stage, images of one request
+spread over devices that have nothing to do, and keep off those that stream. (Once for each who decodes there would be the sum of
+all delays, and made first tokens later in a crowd: whoever had few streams was given all the work.)
 
 A worker's load is this gateway's own outstanding work there, known exactly, plus what the worker's last report shows beyond
 that: the work of other gateways. So a burst between two reports is spread. Of caches the gateway knows what it has caused itself:
@@ -89,10 +90,10 @@ class _Member:
         return queue_s - but.amount * stage.token_s if but is not None and stage is not None and but in stage.given else queue_s
 
     @property
-    def num_streams(self) -> int:
-        """Sequences that decode on the device."""
+    def has_streams(self) -> bool:
+        """Somebody decodes on the device."""
         stage = self.stages.get("decode")
-        return stage.estimate_requests() if stage is not None else 0
+        return stage is not None and stage.estimate_requests() > 0
 
 
 class Placement:
@@ -242,7 +243,7 @@ class Placement:
     def _delay_s(self, worker: WorkerId, work_s: float, *, but: Assignment | None = None) -> float:
         """Until work that begins now is done there, and what that costs the sequences that decode there."""
         member = self._members[worker]
-        return member.queue_s(but) + work_s * (1 + member.num_streams)
+        return member.queue_s(but) + work_s * (2 if member.has_streams else 1)
 
     def _best(self, role: str, rank: Callable[[WorkerId, _Stage], _Rank], avoid: Collection[WorkerId]) -> WorkerId:
         candidates = self.candidates(role)

@@ -224,8 +224,7 @@ def test_work_keeps_off_workers_that_stream() -> None:
     stages = ("encode", "prefill", "decode")
     placement = a_placement(view("w1", *stages, running=3), view("w2", *stages, running=1), view("w3", *stages))
     images = Counter(placement.place_encode(an_image(f"i{number}", 100)).worker for number in range(4))
-    # 100, 200, then as long for w3's third as for w2's first, which one sequence there would feel
-    assert images == {"w3": 2, "w2": 2}
+    assert images == {"w3": 2, "w2": 1, "w1": 1}  # two there, one after the other, take as long as one that is felt elsewhere
 
 
 def test_decode_goes_where_little_else_is_to_be_done_unless_that_is_elsewhere_and_not_worth_the_way() -> None:

@@ -109,9 +109,9 @@ async def _measure_all(jobs: Sequence[_Job], args: argparse.Namespace) -> list[r
         for job in jobs:
             bar.set_description(f"{job.topology.name}: starting")
             async with running(job.topology, model=qwen3_vl_8b(), profile=args.profile, slow=args.slow) as cluster:
-                for workload, is_auto in job.workloads:
+                for number, (workload, is_auto) in enumerate(job.workloads):
                     bar.set_description(f"{job.topology.name}: {workload.name}")
-                    measured = await _measure(cluster, job.topology, workload, cell_s, args, seed=len(results))
+                    measured = await _measure(cluster, job.topology, workload, cell_s, args, seed=number)
                     results.append(report.Result(measured, workload.sessions, job.topology.is_baseline, is_auto))
                     bar.update()
     order = {name: place for place, name in enumerate(args.workloads.split(","))}
