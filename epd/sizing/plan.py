@@ -1,14 +1,18 @@
-"""How many devices of each stage, for a rate or out of a number, and what gives way first. Pure."""
+"""What workers a load needs, for a rate or out of a number of devices, and what gives way first. Pure."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 
+from epd.devices import parse_workers, step_limits, workers_text
 from epd.errors import BadConfig
 from epd.sizing.predict import Model, Prediction, Predictor, Split, highest_rate, sessions_at
 
+POOLED = "EPD"
 _BRUTE_FORCE = 24  # devices up to which every split is looked at
+_BESIDE_DECODE = step_limits("cuda").budget_beside_decode
+_EVEN_GAPS = 1.03  # where rates are about the same, decode apart is the better one: its tokens come evenly
 GATEWAY_US_PER_TOKEN = 50.0  # CPU time of the gateway, measured with 1,000 streams: docs/sizing.md
 GATEWAY_US_PER_REQUEST = 3500.0
 
@@ -22,10 +26,21 @@ class Targets:
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
-    """One way to use the devices, at the highest rate that keeps the targets, or at the rate that was asked for."""
+class Shape:
+    """What workers there are: as `epd cluster --workers` takes them, or "" for a service that is not epd's."""
 
     name: str
+    workers: str
+    devices: int
+    predict: Predictor
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A shape, at the highest rate that keeps the targets, or at the rate that was asked for."""
+
+    name: str
+    workers: str
     devices: int
     highest: float  # requests a second within the targets
     sessions: float  # users at that rate who each wait for their answer before they ask again
@@ -34,15 +49,14 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`apart` is the answer; the others are what as many devices would do that each have all stages."""
+    """The best shape, the best of each other kind, and what as many devices would do in services that are not disaggregated."""
 
-    split: Split
-    apart: Service
-    together: tuple[Service, ...]
+    answer: Service
+    others: tuple[Service, ...]
     next_bottleneck: str
     gateway_cores: float
-    kv_bytes_per_s: float  # from prefill to decode, in all
-    embedding_bytes_per_s: float  # from encode to prefill, in all
+    kv_bytes_per_s: float  # from prefill to decode, in all, where they are apart
+    embedding_bytes_per_s: float  # from encode to prefill, likewise
 
 
 def plan_rate(model: Model, targets: Targets, rate: float) -> Plan:
@@ -51,28 +65,58 @@ def plan_rate(model: Model, targets: Targets, rate: float) -> Plan:
     Raises:
         BadConfig: no number of devices would keep the targets.
     """
-    return _plan(model, targets, smallest(model, targets, rate), rate)
+    found = [split_shape(model, smallest(model, targets, rate, with_encode=each)) for each in _with_encode(model)]
+    pooled = _smallest_pooled(model, targets, rate, most=max(shape.devices for shape in found))
+    found += [pooled] if pooled is not None else []
+    answer = min(found, key=lambda shape: shape.devices)
+    return _plan(model, targets, answer, [shape for shape in found if shape is not answer], rate)
 
 
 def plan_devices(model: Model, targets: Targets, devices: int) -> Plan:
-    """The split of so many devices that takes the highest rate.
+    """The use of so many devices that takes the highest rate.
 
     Raises:
-        BadConfig: they are too few, or no split keeps the targets.
+        BadConfig: none keeps the targets.
     """
-    split = best_split(model, targets, devices)
-    rate = highest_rate(model.apart(split), targets.ttft_s, targets.itl_s)
-    return _plan(model, targets, split, rate)
+    found = [pooled_shape(model, devices)]
+    for with_encode in _with_encode(model):
+        split = best_split(model, targets, devices, with_encode=with_encode)
+        found += [split_shape(model, split)] if split is not None else []
+    rated = {shape.name: highest_rate(shape.predict, targets.ttft_s, targets.itl_s) for shape in found}
+    answer = max(found, key=lambda shape: rated[shape.name] * (1.0 if shape.name.startswith(POOLED) else _EVEN_GAPS))
+    if not rated[answer.name]:
+        raise BadConfig(f"{devices} devices do not keep TTFT {targets.ttft_s:g} s and ITL {targets.itl_s:g} s: ask for less")
+    return _plan(model, targets, answer, [shape for shape in found if shape is not answer], rated[answer.name])
 
 
-def smallest(model: Model, targets: Targets, rate: float) -> Split:
-    """The fewest devices that keep the targets at a rate."""
+def split_shape(model: Model, split: Split) -> Shape:
+    """Stages apart; without an encode device, but for encode, which is where prefill is."""
+    front = "encode+prefill" if model.demand().images and not split.encode else "prefill"
+    counts = {"encode": split.encode, front: split.prefill, "decode": split.decode}
+    letters = ":".join("".join(stage[0].upper() for stage in kind.split("+")) for kind, count in counts.items() if count)
+    numbers = ":".join(str(count) for count in counts.values() if count)
+    return Shape(f"{letters} {numbers}", workers_text(counts), split.total, model.apart(split))
+
+
+def pooled_shape(model: Model, devices: int) -> Shape:
+    """Every stage on every device."""
+    kind = "encode+prefill+decode" if model.demand().images else "prefill+decode"
+    return Shape(f"{POOLED} {devices}", workers_text({kind: devices}), devices, _chunked(model).pooled(devices))
+
+
+def smallest(model: Model, targets: Targets, rate: float, *, with_encode: bool) -> Split:
+    """The fewest devices that keep the targets at a rate. `with_encode`: images have devices of their own.
+
+    Raises:
+        BadConfig: no number of devices does.
+    """
     need = model.demand()
-    split = Split(math.ceil(rate * need.encode_s + 1e-9) if need.images else 0, math.ceil(rate * need.prefill_s + 1e-9) or 1, 1)
+    front_s = need.prefill_s + (0.0 if with_encode else need.encode_s)
+    split = Split(math.ceil(rate * need.encode_s + 1e-9) if with_encode else 0, math.ceil(rate * front_s + 1e-9) or 1, 1)
     split = replace(split, decode=_decode_devices(model, targets, rate))
     while model.apart(split)(rate).ttft_p90_s > targets.ttft_s:
         grown = [replace(split, prefill=split.prefill + _step(split.prefill))]
-        if need.images:
+        if with_encode:
             grown.append(replace(split, encode=split.encode + _step(split.encode)))
         split = min(grown, key=lambda each: model.apart(each)(rate).ttft_p90_s)
         if split.total > 100 * (rate * (need.encode_s + need.prefill_s) + 10):
@@ -81,59 +125,82 @@ def smallest(model: Model, targets: Targets, rate: float) -> Split:
     return split
 
 
-def best_split(model: Model, targets: Targets, devices: int) -> Split:
-    least = 3 if model.demand().images else 2
-    if devices < least:
-        raise BadConfig(f"{devices} devices are too few for stages on devices of their own: this workload needs {least}")
-    if devices <= _BRUTE_FORCE:
-        found = _splits(devices, with_encode=least == 3)
-    else:
-        found = _near(model, targets, devices)
+def best_split(model: Model, targets: Targets, devices: int, *, with_encode: bool) -> Split | None:
+    """The one that takes the highest rate; None where the devices are too few, or no split keeps the targets."""
+    found = _splits(devices, with_encode=with_encode) if devices <= _BRUTE_FORCE else _near(model, targets, devices, with_encode)
     rated = [(highest_rate(model.apart(split), targets.ttft_s, targets.itl_s), split) for split in found]
-    rate, split = max(rated, key=lambda each: each[0])
-    if not rate:
-        raise BadConfig(
-            f"no split of {devices} devices keeps TTFT {targets.ttft_s:g} s and ITL {targets.itl_s:g} s: ask for less"
-        )
-    return split
+    rate, split = max(rated, key=lambda each: each[0], default=(0.0, None))
+    return split if rate else None
 
 
-def _plan(model: Model, targets: Targets, split: Split, rate: float) -> Plan:
-    need, profile = model.demand(), model.profile
-    apart = _service(f"apart {split}", split.total, model.apart(split), targets, rate)
-    chunked = replace(model, steps=replace(model.steps, chunk_tokens=min(512, model.steps.chunk_tokens)))
-    together = (
-        _service("together, prefill first", split.total, model.together(split.total, fused=False), targets, rate),
-        _service("together, fused", split.total, chunked.together(split.total, fused=True), targets, rate),
-    )
+def _with_encode(model: Model) -> tuple[bool, ...]:
+    """The kinds of splits that there are: images on devices of their own or not; without images, only the latter."""
+    return (True, False) if model.demand().images else (False,)
+
+
+def _chunked(model: Model) -> Model:
+    """With steps that are as short as workers make them beside decode."""
+    return replace(model, steps=replace(model.steps, chunk_tokens=min(_BESIDE_DECODE, model.steps.chunk_tokens)))
+
+
+def _plan(model: Model, targets: Targets, answer: Shape, others: list[Shape], rate: float) -> Plan:
+    need, profile, devices = model.demand(), model.profile, answer.devices
+    baselines = [
+        Shape("one service each, prefill first", "", devices, model.together(devices, fused=False)),
+        Shape("one service each, chunked", "", devices, _chunked(model).together(devices, fused=True)),
+    ]
+    best = _service(answer, targets, rate)
     return Plan(
-        split=split,
-        apart=apart,
-        together=together,
-        next_bottleneck=_next_bottleneck(model, targets, split, apart.highest),
+        answer=best,
+        others=tuple(_service(shape, targets, rate) for shape in [*others, *baselines]),
+        next_bottleneck=_next_bottleneck(model, targets, answer, best.highest),
         gateway_cores=rate * (GATEWAY_US_PER_REQUEST + (need.decode_tokens + 1) * GATEWAY_US_PER_TOKEN) / 1e6,
         kv_bytes_per_s=rate * (need.kv_tokens - need.decode_tokens - 1) * profile.model.kv_token_bytes,
         embedding_bytes_per_s=rate * profile.model.embedding_row_bytes * _embedding_rows(model),
     )
 
 
-def _service(name: str, devices: int, predict: Predictor, targets: Targets, rate: float) -> Service:
-    highest = highest_rate(predict, targets.ttft_s, targets.itl_s)
-    return Service(name, devices, highest, sessions_at(predict, targets.ttft_s, targets.itl_s), predict(rate))
+def _service(shape: Shape, targets: Targets, rate: float) -> Service:
+    highest = highest_rate(shape.predict, targets.ttft_s, targets.itl_s)
+    sessions = sessions_at(shape.predict, targets.ttft_s, targets.itl_s)
+    return Service(shape.name, shape.workers, shape.devices, highest, sessions, shape.predict(rate))
 
 
-def _next_bottleneck(model: Model, targets: Targets, split: Split, highest: float) -> str:
-    """The stage that a further device would help most, and what breaks first."""
+def _next_bottleneck(model: Model, targets: Targets, shape: Shape, highest: float) -> str:
+    """The kind of worker that one more of would help most, and what breaks first."""
     if not highest:
         return "nothing holds at any rate"
-    beyond = model.apart(split)(highest * 1.01)
+    beyond = shape.predict(highest * 1.01)
     broken = "TTFT" if beyond.ttft_p90_s > targets.ttft_s else "KV memory" if beyond.kv_share > 1 else "ITL"
+    counts = parse_workers(shape.workers)
     gains = {
-        stage: highest_rate(model.apart(replace(split, **{stage: getattr(split, stage) + 1})), targets.ttft_s, targets.itl_s)
-        for stage in (("encode", "prefill", "decode") if model.demand().images else ("prefill", "decode"))
+        kind: highest_rate(_with_workers(model, counts | {kind: count + 1}).predict, targets.ttft_s, targets.itl_s)
+        for kind, count in counts.items()
     }
-    stage, rate = max(gains.items(), key=lambda each: each[1])
-    return f"{stage} ({broken} breaks first; one more {stage} device: +{100 * (rate / highest - 1):.0f} %)"
+    kind, rate = max(gains.items(), key=lambda each: each[1])
+    return f"{kind} ({broken} breaks first; one more: +{100 * (rate / highest - 1):.0f} %)"
+
+
+def _with_workers(model: Model, counts: dict[str, int]) -> Shape:
+    if len(counts) == 1:
+        return pooled_shape(model, sum(counts.values()))
+    prefill = counts.get("prefill", 0) + counts.get("encode+prefill", 0)
+    return split_shape(model, Split(counts.get("encode", 0), prefill, counts["decode"]))
+
+
+def _smallest_pooled(model: Model, targets: Targets, rate: float, *, most: int) -> Shape | None:
+    """The fewest devices with every stage that keep the targets, of at most so many."""
+
+    def holds(devices: int) -> bool:
+        return pooled_shape(model, devices).predict(rate).holds(targets.ttft_s, targets.itl_s)
+
+    if not holds(most):
+        return None
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return pooled_shape(model, high)
 
 
 def _decode_devices(model: Model, targets: Targets, rate: float) -> int:
@@ -162,17 +229,24 @@ def _splits(devices: int, *, with_encode: bool) -> list[Split]:
     return [Split(e, p, devices - e - p) for e in first for p in range(1, devices - e)]
 
 
-def _near(model: Model, targets: Targets, devices: int) -> list[Split]:
+def _near(model: Model, targets: Targets, devices: int, with_encode: bool) -> list[Split]:
     """For many devices: the largest rate whose smallest split fits, and what is left over given to one stage or another."""
+
+    def fits(rate: float) -> bool:
+        try:
+            return smallest(model, targets, rate, with_encode=with_encode).total <= devices
+        except BadConfig:
+            return False
+
     low, high = 0.0, 1.0
-    while smallest(model, targets, high).total <= devices:
+    while fits(high):
         low, high = high, high * 2
-    while high > low * 1.002:
+    while high > low * 1.002 and high > 1e-6:
         middle = (low + high) / 2
-        low, high = (middle, high) if smallest(model, targets, middle).total <= devices else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     if not low:
         return []
-    base = smallest(model, targets, low)
+    base = smallest(model, targets, low, with_encode=with_encode)
     left = devices - base.total
     found = [replace(base, prefill=base.prefill + left), replace(base, decode=base.decode + left)]
     return [*found, replace(base, encode=base.encode + left)] if base.encode else found

@@ -1,8 +1,9 @@
 """What a number of devices would do under a load: latencies, how busy each stage is, what fills up. Pure.
 
-Three services: stages apart (a split E:P:D), and two that do all on every device: prefill first (a whole prompt, with its
-images, before the next token of anybody), and fused (prompt chunks and tokens in one step, Sarathi-Serve). Tiers are M/G/c
-queues with Poisson arrivals; the batch in decode is the one at which tokens are drawn as fast as they are asked for.
+Stages apart (a split E:P:D, or EP:D where prefill devices encode, too), every device for every stage (pooled), and two services
+that are not disaggregated, where a request stays on one device: prefill first (a whole prompt, with its images, before the next
+token of anybody), and fused (prompt chunks and tokens in one step, Sarathi-Serve). Tiers are M/G/c queues with Poisson arrivals;
+the batch in decode is the one at which tokens are drawn as fast as they are asked for.
 `docs/sizing.md` has the assumptions, and how far emulated runs were from them.
 """
 
@@ -23,6 +24,8 @@ _MEMORY_SHARE = 0.9 * 15 / 16  # of the device for weights and KV: what workers 
 
 @dataclass(frozen=True, slots=True)
 class Split:
+    """Devices of each stage. With none for encode those of prefill encode, too."""
+
     encode: int
     prefill: int
     decode: int
@@ -72,7 +75,10 @@ class Model:
         return demand(self.profile, self.workload, self.steps)
 
     def apart(self, split: Split) -> Predictor:
-        """Stages on devices of their own. Without images no encode device is needed."""
+        """Decode on devices of its own, and encode where it has some."""
+        return self._shared_front(split) if self.demand().images and not split.encode else self._apart(split)
+
+    def _apart(self, split: Split) -> Predictor:
         need = self.demand()
 
         def predict(rate: float) -> Prediction:
@@ -84,18 +90,37 @@ class Model:
                 (share, _first_token_apart(self.profile, kind, split.encode, self.steps), [encode, prefill][not kind.patches :])
                 for share, kind in self.workload.shares()
             ]
+            busy = {"encode": _share(rate * need.encode_s, split.encode)} if need.images else {}
+            busy["prefill"] = _share(rate * need.prefill_s, split.prefill)
+            busy["decode"] = self._decode_busy(tokens, batch, need)
+            return self._prediction(rate, first, itl, batch, busy, need)
+
+        return predict
+
+    def _shared_front(self, split: Split) -> Predictor:
+        need = self.demand()
+        both_s = need.encode_s + need.prefill_s
+
+        def predict(rate: float) -> Prediction:
+            wait = waiting(rate, both_s, split.prefill, service_cv2=_both_cv2(need))
+            tokens = rate * need.decode_tokens / split.decode if split.decode else math.inf
+            batch, itl, _ = self.decode(tokens, need)
+            first = self._first_tokens_spread(split.prefill, 0.0, wait)
             busy = {
-                "encode": _share(rate * need.encode_s, split.encode),
-                "prefill": _share(rate * need.prefill_s, split.prefill),
+                "encode+prefill": _share(rate * both_s, split.prefill),
                 "decode": self._decode_busy(tokens, batch, need),
             }
             return self._prediction(rate, first, itl, batch, busy, need)
 
         return predict
 
+    def pooled(self, devices: int) -> Predictor:
+        """Every device does everything; images go wherever there is time, prompt chunks and tokens are in one step."""
+        return self._fused(devices, is_spread=True)
+
     def together(self, devices: int, *, fused: bool) -> Predictor:
         """Every device does everything; a request stays on one."""
-        return (self._fused if fused else self._prefill_first)(devices)
+        return self._fused(devices, is_spread=False) if fused else self._prefill_first(devices)
 
     def _prefill_first(self, devices: int) -> Predictor:
         need = self.demand()
@@ -118,7 +143,7 @@ class Model:
 
         return predict
 
-    def _fused(self, devices: int) -> Predictor:
+    def _fused(self, devices: int, *, is_spread: bool) -> Predictor:
         need = self.demand()
         chunk = self.steps.chunk_tokens
         chunks = self._mean(lambda kind: float(num_chunks(kind.prompt_tokens, chunk)))
@@ -145,7 +170,11 @@ class Model:
             itl = batch / tokens if tokens and batch < math.inf else (0.0 if not tokens else math.inf)
             alone = need.encode_s + grown
             wait = waiting(rate, alone, devices, service_cv2=_both_cv2(need)) if grown < math.inf else Wait(math.inf, 1.0)
-            first = self._alone_together(self.steps, max(0.0, grown - need.prefill_s), wait)
+            more_s = max(0.0, grown - need.prefill_s)
+            if is_spread:
+                first = self._first_tokens_spread(devices, more_s, wait)
+            else:
+                first = self._alone_together(self.steps, more_s, wait)
             left = max(0.0, 1 - each * alone) if grown < math.inf else 0.0
             own = (
                 (tokens / batch - each * chunks) * decode_step_s(self.profile, batch, need.context) if 0 < batch < math.inf else 0
@@ -181,6 +210,13 @@ class Model:
     def _alone_together(self, steps: Steps, more_s: float, wait: Wait) -> list[FirstToken]:
         return [
             (share, _first_token_together(self.profile, kind, steps) + more_s, [wait]) for share, kind in self.workload.shares()
+        ]
+
+    def _first_tokens_spread(self, devices: int, more_s: float, wait: Wait) -> list[FirstToken]:
+        """Where the devices that prefill encode, too, each the images that find it with time."""
+        return [
+            (share, _first_token_apart(self.profile, kind, devices, self.steps) + more_s, [wait])
+            for share, kind in self.workload.shares()
         ]
 
     def _decode_busy(self, tokens: float, batch: float, need: Demand) -> float:

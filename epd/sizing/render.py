@@ -18,19 +18,18 @@ def provenance(profile: Profile) -> str:
 
 
 def text(plan: Plan, targets: Targets, profile: Profile, workload: str) -> str:
-    need = plan.split
     lines = [
         f"profile    {provenance(profile)}",
         f"workload   {workload}",
         f"targets    TTFT {targets.ttft_s:g} s for 9 requests in 10, ITL {1e3 * targets.itl_s:g} ms on average",
-        f"answer     {need.total} devices: {need.encode} encode, {need.prefill} prefill, {need.decode} decode",
+        f"answer     {plan.answer.devices} devices: epd cluster --workers {plan.answer.workers}",
         f"next       {plan.next_bottleneck}",
         f"host       gateway {plan.gateway_cores:.2g} cores; KV {plan.kv_bytes_per_s / 1e9:.3g} GB/s and embeddings "
         f"{plan.embedding_bytes_per_s / 1e9:.3g} GB/s between workers, in all",
         "",
-        f"predicted at {plan.apart.at.rate:.4g} req/s:",
+        f"predicted at {plan.answer.at.rate:.4g} req/s (E: encode, P: prefill, D: decode; EP, EPD: workers with several stages):",
     ]
-    return "\n".join([*lines, *_table([plan.apart, *plan.together])])
+    return "\n".join([*lines, *_table([plan.answer, *plan.others])])
 
 
 def as_json(plan: Plan, targets: Targets, profile: Profile, workload: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ SERVICES: list[tuple[str, Predictor]] = [
         (f"apart, {kind}", sizing(workload).apart(Split(2, 3, 1))),
         (f"prefill first, {kind}", sizing(workload).together(6, fused=False)),
         (f"fused, {kind}", sizing(workload).together(6, fused=True)),
+        (f"shared front, {kind}", sizing(workload).apart(Split(0, 5, 1))),
+        (f"pooled, {kind}", sizing(workload).pooled(6)),
     )
 ]
 
@@ -42,9 +44,21 @@ def test_a_stage_is_busy_with_its_work() -> None:
     assert at.bottleneck == "decode"
 
 
-def test_no_encoder_is_no_service_for_images_and_one_for_text() -> None:
-    assert capacity(sizing(IMAGES).apart(Split(0, 1, 1))) == 0.0
+def test_without_an_encode_device_those_of_prefill_encode() -> None:
+    need = sizing(IMAGES).demand()
+    each_s = need.encode_s + need.prefill_s
+    assert capacity(sizing(IMAGES).apart(Split(0, 1, 4))) == pytest.approx(1 / each_s, rel=0.01)
+    assert capacity(sizing(IMAGES).apart(Split(0, 2, 4))) == pytest.approx(2 / each_s, rel=0.01)
+    assert sizing(IMAGES).apart(Split(0, 1, 1))(1.0).busy["encode+prefill"] == pytest.approx(each_s)
     assert capacity(sizing(TEXT).apart(Split(0, 1, 1))) == pytest.approx(10.0, rel=0.01)
+    assert "encode" not in sizing(TEXT).apart(Split(0, 1, 1))(1.0).busy
+
+
+def test_images_that_spread_come_sooner_than_on_one_device() -> None:
+    together, pooled = sizing(IMAGES).together(4, fused=True)(1e-9), sizing(IMAGES).pooled(4)(1e-9)
+    assert pooled.ttft_s == pytest.approx(together.ttft_s - 0.100, abs=0.005)  # one of two images, encoded meanwhile
+    assert alone(IMAGES, Split(0, 2, 1)) == pytest.approx(alone(IMAGES, Split(2, 1, 1)))
+    assert capacity(sizing(IMAGES).pooled(4)) == pytest.approx(capacity(sizing(IMAGES).together(4, fused=True)))
 
 
 @pytest.mark.parametrize(("name", "predict"), SERVICES)

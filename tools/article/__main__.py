@@ -23,12 +23,12 @@ from epd.emulated.profile import Profile, load_profile
 from epd.errors import BadConfig, EpdError
 from epd.model.config import load_model_config
 from epd.sizing.demand import Steps
-from epd.sizing.plan import Targets, best_split
+from epd.sizing.plan import POOLED, Service, Targets, plan_devices
 from epd.sizing.predict import Model
 from epd.sizing.workload import parse_workload
 from tools.article import report
 from tools.article.cell import Cell, cell
-from tools.article.cluster import Running, Topology, apart, running, strong, traditional
+from tools.article.cluster import Running, Topology, disaggregated, running, strong, traditional
 from tools.article.drive import drive
 from tools.article.workloads import WORKLOADS, Promise, Workload
 from tools.bench.machine import describe_machine, machine_slug
@@ -77,28 +77,29 @@ def plan_jobs(profile: Profile, workloads: Sequence[Workload], args: argparse.Na
     """Every topology once, with all of its workloads, so that clusters start as seldom as can be."""
     ratios = [tuple(int(number) for number in each.split(":")) for each in args.ratios.split(",") if each]
     for ratio in ratios:
-        if len(ratio) != 3 or sum(ratio) != args.devices:
+        if len(ratio) != 3 or sum(ratio) != args.devices or min(ratio) < 1:
             raise ValueError(f"--ratios: {':'.join(map(str, ratio))} are not E:P:D of {args.devices} devices")
     every: list[Topology] = [traditional(args.devices), strong(args.devices)] if not args.no_baselines else []
-    every += [apart(*ratio) for ratio in ratios]
-    under: dict[Topology, list[tuple[Workload, bool]]] = {}
-    for topology in every:
-        under[topology] = [(workload, False) for workload in workloads]
+    every += [
+        disaggregated(f"E:P:D {':'.join(map(str, ratio))}", "encode:{},prefill:{},decode:{}".format(*ratio)) for ratio in ratios
+    ]
+    under: dict[Topology, dict[Workload, bool]] = {topology: dict.fromkeys(workloads, False) for topology in every}
     for workload in workloads:
-        chosen = automatic(profile, workload, args.devices, args.slo)
-        marked = under.setdefault(chosen, [])
-        marked[:] = [each for each in marked if each[0] != workload] + [(workload, True)]
-    return [_Job(topology, tuple(marked)) for topology, marked in under.items()]
+        for place, service in enumerate(planned(profile, workload, args.devices, args.slo)):
+            under.setdefault(disaggregated(service.name, service.workers), {})[workload] = place == 0
+    return [_Job(topology, tuple(marked.items())) for topology, marked in under.items()]
 
 
-def automatic(profile: Profile, workload: Workload, devices: int, promise: Promise) -> Topology:
-    """What `epd plan` answers."""
+def planned(profile: Profile, workload: Workload, devices: int, promise: Promise) -> list[Service]:
+    """What `epd plan` answers, and the best of the other kinds: every stage on every device, or decode apart."""
     image = load_model_config(qwen3_vl_8b()).image
     assert image is not None
     asked = parse_workload(workload.notation(), image)
     ttft_s = max(promise.ttft_of(kind.num_images) for kind in workload.kinds)
-    split = best_split(Model(profile, asked, Steps()), Targets(ttft_s, promise.tpot_s), devices)
-    return apart(split.encode, split.prefill, split.decode)
+    plan = plan_devices(Model(profile, asked, Steps()), Targets(ttft_s, promise.tpot_s), devices)
+    kinds = sorted((each for each in plan.others if each.workers), key=lambda each: each.highest, reverse=True)
+    is_pooled = plan.answer.name.startswith(POOLED)
+    return [plan.answer, *[each for each in kinds if each.name.startswith(POOLED) != is_pooled][:1]]
 
 
 async def _measure_all(jobs: Sequence[_Job], args: argparse.Namespace) -> list[report.Result]:
@@ -206,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         "--profile", default="h200-qwen3-vl-8b", help="device profile: a file, or the name of one that comes along"
     )
     parser.add_argument("--devices", type=int, default=8, help="of each topology")
-    parser.add_argument("--ratios", default="2:4:2,3:4:1", help="E:P:D to be measured beside the one that `epd plan` chooses")
+    parser.add_argument("--ratios", default="3:4:1", help="E:P:D to be measured beside what `epd plan` chooses")
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="which ones")
     parser.add_argument("--users", type=int, default=0, help="at once; 0: each workload's own number")
     parser.add_argument("--output-tokens", type=int, default=64, help="of an answer")
@@ -214,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         "--slo", type=_promise, default=Promise(), metavar="ttft=S,image=S,tpot=S", help="what sessions are held to"
     )
     parser.add_argument("--slow", type=float, default=2.0, help="devices take so many times as long; results are divided by it")
-    parser.add_argument("--budget", type=float, default=520.0, help="seconds for all of it")
+    parser.add_argument("--budget", type=float, default=720.0, help="seconds for all of it")
     parser.add_argument("--least-cell-s", type=float, default=8.0, help="seconds for one topology under one workload, at least")
     parser.add_argument("--no-baselines", action="store_true", help="only epd")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")

@@ -29,7 +29,7 @@ from epd.sizing.predict import Model, Predictor, Split, capacity, with_sessions
 from epd.sizing.render import provenance
 from epd.sizing.workload import parse_workload
 from tools.article.cell import cell
-from tools.article.cluster import Running, Topology, apart, running, strong, traditional
+from tools.article.cluster import BESIDE_DECODE, Running, Topology, disaggregated, running, strong, traditional
 from tools.article.drive import drive
 from tools.article.workloads import WORKLOADS, Promise, Workload
 from tools.bench.machine import describe_machine, machine_slug
@@ -50,7 +50,7 @@ _DRAIN_S = 30.0
 class Case:
     workload: str
     topology: Topology
-    split: Split | None  # None: colocated
+    split: Split | None = None  # None: every stage on every device
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +69,22 @@ class Figure:
         return self.predicted / self.measured - 1 if self.measured else math.inf
 
 
+def _apart(workload: str, workers: str, split: Split) -> Case:
+    return Case(workload, disaggregated(workers, workers), split)
+
+
 CASES = (
-    Case("text", apart(0, 6, 2), Split(0, 6, 2)),
-    Case("1 image", apart(3, 4, 1), Split(3, 4, 1)),
-    Case("4 images", apart(3, 4, 1), Split(3, 4, 1)),
-    Case("8 images", apart(2, 5, 1), Split(2, 5, 1)),
-    Case("mixed", apart(2, 5, 1), Split(2, 5, 1)),
-    Case("1 image", traditional(8), None),
-    Case("1 image", strong(8), None),
+    _apart("text", "prefill:6,decode:2", Split(0, 6, 2)),
+    _apart("1 image", "encode:3,prefill:4,decode:1", Split(3, 4, 1)),
+    _apart("4 images", "encode:3,prefill:4,decode:1", Split(3, 4, 1)),
+    _apart("8 images", "encode:2,prefill:5,decode:1", Split(2, 5, 1)),
+    _apart("mixed", "encode:2,prefill:5,decode:1", Split(2, 5, 1)),
+    Case("1 image", traditional(8)),
+    Case("1 image", strong(8)),
+    _apart("1 image", "encode+prefill:7,decode:1", Split(0, 7, 1)),
+    _apart("8 images", "encode+prefill:7,decode:1", Split(0, 7, 1)),
+    Case("1 image", disaggregated("EPD 8", "encode+prefill+decode:8")),
+    Case("8 images", disaggregated("EPD 8", "encode+prefill+decode:8")),
 )
 
 
@@ -117,8 +125,9 @@ def predictor(case: Case, profile: Profile) -> Predictor:
     asked = parse_workload(WORKLOADS[case.workload].notation(), image)
     if case.split is not None:
         return Model(profile, asked, Steps(2048, 256)).apart(case.split)
-    is_fused = case.topology.sharing == "fused"
-    return Model(profile, asked, Steps(512 if is_fused else 1 << 30, 256)).together(len(case.topology.workers), fused=is_fused)
+    devices, is_fused = len(case.topology.workers), case.topology.sharing == "fused"
+    model = Model(profile, asked, Steps(BESIDE_DECODE if is_fused else 1 << 30, 256))
+    return model.together(devices, fused=is_fused) if case.topology.is_baseline else model.pooled(devices)
 
 
 async def _check(cases: Sequence[Case], profile: Profile, args: argparse.Namespace) -> tuple[list[Figure], list[str]]:

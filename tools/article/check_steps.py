@@ -19,7 +19,7 @@ from epd.emulated.cost import TextWork, text_s
 from epd.emulated.profile import Profile, load_profile
 from epd.sizing.render import provenance
 from tools.article.check_plan import Figure, render
-from tools.article.cluster import apart, running
+from tools.article.cluster import disaggregated, running
 from tools.article.workloads import Kind, Workload
 from tools.geometry import qwen3_vl_8b
 from tools.loadgen.client import Client, open_session
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _measure_all(profile: Profile, args: argparse.Namespace) -> tuple[list[Figure], list[str]]:
     figures: list[Figure] = []
     doubts: list[str] = []
-    topology = apart(0, 1, args.workers)
+    topology = disaggregated("decode", f"prefill:1,decode:{args.workers}")
     async with running(topology, model=qwen3_vl_8b(), profile=args.profile, slow=args.slow) as cluster, open_session() as session:
         for number, each in enumerate(int(word) for word in args.streams.split(",")):
             workload = Workload("steps", (Kind("steps", text_tokens=args.prompt_tokens),), each, args.output_tokens)

@@ -16,12 +16,14 @@ from typing import IO, Any
 
 import aiohttp
 
+from epd.devices import parse_workers, step_limits
 from tools.servers import ServerFailed, free_port, thread_environment
 
 _POLL_S = 0.1
 _START_S = 120.0
 _STOP_S = 10.0
 ALL_STAGES = "encode,prefill,decode"
+BESIDE_DECODE = step_limits("cuda").budget_beside_decode  # tokens of a prefill step
 # What a benchmark must not run into; nothing that makes anything faster.
 _ROOM = ("--max-requests", "100000", "--max-prompt-tokens", "1000000000", "--request-timeout-s", "3600", "--lease-s", "300")
 
@@ -48,15 +50,15 @@ def traditional(devices: int) -> Topology:
 
 
 def strong(devices: int) -> Topology:
-    """Prompt chunks of 512 tokens beside decode in one step."""
-    options = ("--token-budget", "512", "--max-chunk-tokens", "512")
+    """Short prompt chunks beside decode in one step."""
+    options = ("--token-budget", str(BESIDE_DECODE), "--max-chunk-tokens", str(BESIDE_DECODE))
     return Topology("colocated, chunked", (ALL_STAGES,) * devices, "fused", options, "together")
 
 
-def apart(encode: int, prefill: int, decode: int) -> Topology:
-    workers = ("encode",) * encode + ("prefill",) * prefill + ("decode",) * decode
-    options = ("--token-budget", "2048", "--max-chunk-tokens", "2048")
-    return Topology(f"epd {encode}:{prefill}:{decode}", workers, options=options)
+def disaggregated(name: str, workers: str) -> Topology:
+    """epd, with workers as `epd cluster --workers` takes them; each stage of a request where it is done first."""
+    kinds = [kind.replace("+", ",") for kind, count in parse_workers(workers).items() for _ in range(count)]
+    return Topology(f"epd {name}", tuple(kinds), options=("--token-budget", "2048", "--max-chunk-tokens", "2048"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import base64
 import json
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -84,23 +84,22 @@ class Promise:
         return f"TTFT {self.ttft_s:g} s{more}, {1e3 * self.tpot_s:g} ms per further token"
 
 
+_TEXT = Kind("text", text_tokens=2000)
+_ONE, _FOUR, _EIGHT = (Kind(f"{number} image{'s' * (number > 1)}", num_images=number) for number in (1, 4, 8))
+_MIXED = (replace(_TEXT, weight=50), replace(_ONE, weight=30), replace(_FOUR, weight=15), replace(_EIGHT, weight=5))
 WORKLOADS = {
     each.name: each
     for each in (
-        Workload("text", (Kind("text", text_tokens=2000),), 160),
-        Workload("1 image", (Kind("1 image", num_images=1),), 128),
-        Workload("4 images", (Kind("4 images", num_images=4),), 48),
-        Workload("8 images", (Kind("8 images", num_images=8),), 32),
-        Workload(
-            "mixed",
-            (
-                Kind("text", 50, text_tokens=2000),
-                Kind("1 image", 30, num_images=1),
-                Kind("4 images", 15, num_images=4),
-                Kind("8 images", 5, num_images=8),
-            ),
-            96,
-        ),
+        # crowds: every device is busy all the time, whoever it works for
+        Workload("text", (_TEXT,), 160),
+        Workload("1 image", (_ONE,), 128),
+        Workload("4 images", (_FOUR,), 48),
+        Workload("8 images", (_EIGHT,), 32),
+        Workload("mixed", _MIXED, 96),
+        # a few: as much as a service is given that is to answer soon
+        Workload("4 images, quiet", (_FOUR,), 8),
+        Workload("8 images, quiet", (_EIGHT,), 6),
+        Workload("mixed, quiet", _MIXED, 16),
     )
 }
 

@@ -28,7 +28,9 @@ def test_a_small_experiment_from_end_to_end(tmp_path: Path, capsys: pytest.Captu
     assert status == 0 or not kept["is_trusted"]
     cells = {(each["workload"], each["topology"]): each for each in kept["cells"]}
     assert {name for name, _ in cells} == {"1 image"}
-    assert {name for _, name in cells} == {"colocated, prefill first", "colocated, chunked", "epd 1:1:1"}
+    assert {name for _, name in cells} == {"colocated, prefill first", "colocated, chunked", "epd E:P:D 1:1:1", "epd EPD 3"} | {
+        name for _, name in cells if name.startswith("epd EP:D")
+    }
     assert sum(each["is_auto"] for each in kept["cells"]) == 1
     for each in kept["cells"]:
         assert each["failures"] == 0
