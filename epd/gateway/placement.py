@@ -159,8 +159,10 @@ class Placement:
         def rank(worker: WorkerId, stage: _Stage) -> _Rank:
             if self._together and worker != near:
                 return (2.0,)
-            # An image that is there already does not queue behind others.
-            return (0.0,) if worker in holders else (1.0, self._delay_s(worker, item.num_tokens * stage.token_s, but=prompt))
+            if worker in holders:
+                return (0.0,)  # it does not queue behind others
+            # Where it is prefilled it is in nobody's way that is not waiting for it, and its rows need not travel.
+            return 1.0, self._delay_s(worker, item.num_tokens * stage.token_s, but=prompt), worker != near
 
         worker = self._best("encode", rank, avoid)
         if worker in holders:

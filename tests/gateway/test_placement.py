@@ -220,6 +220,17 @@ def test_a_request_s_own_prompt_does_not_keep_its_images_away() -> None:
     assert images == {"w1", "w2"}
 
 
+def test_an_image_is_encoded_where_it_is_prefilled_if_no_other_place_is_better() -> None:
+    placement = a_placement(view("w1", "encode", "prefill"), view("w2", "encode", "prefill"))
+    placement.end(placement.place_encode(an_image("before")))  # so that the next image's turn is another worker's
+    for number in range(6):
+        prompt = placement.place_prefill((), 1000)
+        image = placement.place_encode(an_image(f"i{number}", 100), prompt=prompt)
+        assert image.worker == prompt.worker
+        placement.end(image)
+        placement.end(prompt)
+
+
 def test_work_keeps_off_workers_that_stream() -> None:
     stages = ("encode", "prefill", "decode")
     placement = a_placement(view("w1", *stages, running=3), view("w2", *stages, running=1), view("w3", *stages))
