@@ -223,6 +223,10 @@ class Placement:
         if failed:
             self._caches[assignment.role].drop(assignment.new_keys, assignment.worker)
 
+    def token_s(self, worker: WorkerId, role: str) -> float:
+        """What a token takes there, in seconds of the device, as far as is known."""
+        return self._speeds.token_s(worker, role)
+
     def num_outstanding(self, role: str) -> int:
         return sum(len(member.stages[role].given) for member in self._members.values() if role in member.stages)
 

@@ -97,9 +97,9 @@ WORKLOADS = {
         Workload("8 images", (_EIGHT,), 32),
         Workload("mixed", _MIXED, 96),
         # a few: as much as a service is given that is to answer soon
-        Workload("4 images, quiet", (_FOUR,), 8),
-        Workload("8 images, quiet", (_EIGHT,), 6),
-        Workload("mixed, quiet", _MIXED, 16),
+        Workload("quiet 4 images", (_FOUR,), 8),
+        Workload("quiet 8 images", (_EIGHT,), 6),
+        Workload("quiet mixed", _MIXED, 16),
     )
 }
 

@@ -83,12 +83,14 @@ class MixedPlan:
 
 
 def plan_step(running: Sequence[Running], engine: EngineConfig) -> MixedPlan:
-    """A token for everybody whose prompt is through, then prompts in order of arrival as far as the budget goes. Pure."""
+    """A token for everybody whose prompt is through, then prompts in order of arrival as far as the budget goes, which is the smaller
+    one where tokens are drawn, as in epd's own prefill stage. Pure.
+    """
     parts: list[tuple[Running, int, bool]] = []
     for each in running:
         if each.is_prompt_through and not each.has_left and each.num_drawn < each.request.sampling.max_tokens:
             parts.append((each, 1, True))
-    budget = engine.token_budget - len(parts)
+    budget = (min(engine.token_budget, engine.budget_beside_decode) if parts else engine.token_budget) - len(parts)
     for each in running:
         if each.has_left or each.is_prompt_through or not each.is_encoded or budget <= 0:
             continue

@@ -27,7 +27,7 @@ def running(num_prompt: int, *, num_scheduled: int = 0, num_output: int = 0, max
 
 
 def engine(**changed: int) -> EngineConfig:
-    config = parse(["serve", "--token-budget", "16", "--max-chunk-tokens", "10"])
+    config = parse(["serve", "--token-budget", "20", "--budget-beside-decode", "16", "--max-chunk-tokens", "10"])
     assert isinstance(config, ServeConfig)
     return replace(config.engine, **changed)
 
@@ -37,10 +37,11 @@ def counts(all_running: Sequence[Running]) -> list[tuple[int, int, bool]]:
 
 
 def test_tokens_first_then_prompts_in_order_under_one_budget() -> None:
-    """Two tokens leave 14: ten for the first prompt's chunk, four for the second's, none for the third's."""
+    """Two tokens leave 14 of 16: ten for the first prompt's chunk, four for the second's, none for the third's."""
     decoding = [running(3, num_scheduled=3, num_output=1), running(4, num_scheduled=5, num_output=2)]
     prompts = [running(20), running(6), running(7)]
     assert counts([prompts[0], *decoding, *prompts[1:]]) == [(3, 1, True), (4, 1, True), (20, 10, False), (6, 4, False)]
+    assert counts(prompts) == [(20, 10, False), (6, 6, True), (7, 4, False)]  # nobody's token waits for them: 20
 
 
 def test_a_prompt_s_last_chunk_draws_and_what_is_not_encoded_waits() -> None:
