@@ -52,6 +52,7 @@ class Launcher:
         self._cluster_port = _free_port()
         self._environment = dict(os.environ, EPD_TOKEN=secrets.token_hex(32), EPD_API_KEY=config.serve.http.api_key)
         self._members = [*self._describe()]
+        self._width = max(12, *(len(member.name) for member in self._members))
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
         self._status = 0
@@ -143,13 +144,13 @@ class Launcher:
         async for raw in process.stdout:
             word, _, text = raw.decode(errors="replace").strip().partition(" ")
             if word == "progress":
-                print(f"  {member.name:<12} {text}", flush=True)
+                print(f"  {member.name:<{self._width}} {text}", flush=True)
             elif word == "ready":
                 self._on_ready(member, text)
 
     def _on_ready(self, member: _Member, text: str) -> None:
         again = " again" if member.num_starts > 1 else ""
-        print(f"  {member.name:<12} ready{again}{f' in {text}' if text and member.roles != 'gateway' else ''}", flush=True)
+        print(f"  {member.name:<{self._width}} ready{again}{f' in {text}' if text and member.roles != 'gateway' else ''}", flush=True)
         member.is_ready = True
         if member.roles == "gateway":
             self._url = text

@@ -250,7 +250,7 @@ class Fleet(Actor):
     def describe(self) -> dict[str, object]:
         """Topology, load and links as plain JSON values."""
         now = self._clock()
-        return {"workers": [_describe(member, now) for _, member in sorted(self._members.items())]}
+        return {"workers": [_describe(member, now, self._placement) for _, member in sorted(self._members.items())]}
 
     def check_integrity(self) -> None:
         self._placement.check_integrity()
@@ -260,8 +260,9 @@ def _nothing() -> None:
     """A worker of this process is not watched: it goes with us."""
 
 
-def _describe(member: Member, now: float) -> dict[str, object]:
+def _describe(member: Member, now: float, placement: Placement) -> dict[str, object]:
     join, load = member.join, member.load
+    stages = [describe_part(stage) | {"token_s": placement.token_s(load.worker, stage.role)} for stage in load.stages]
     return {
         "worker": join.endpoint.worker,
         "roles": list(join.roles),
@@ -271,7 +272,7 @@ def _describe(member: Member, now: float) -> dict[str, object]:
         "is_draining": member.load.is_draining,
         "joined_s_ago": round(now - member.joined_at, 3),
         "reported_s_ago": round(now - member.reported_at, 3),
-        "stages": [describe_part(stage) for stage in load.stages],
+        "stages": stages,
         "links": [describe_part(link) for link in load.links],
         "process": None if load.process is None else describe_part(load.process),
     }

@@ -54,13 +54,14 @@ async def test_a_worker_joins_reports_and_leaves() -> None:
         answer = await worker.ask(DIRECTORY, _join(worker, "prefill", "decode"), timeout_s=5)
         assert isinstance(answer.message, Joined)
         assert fleet.missing_roles() == ("encode",)
-        load = StageLoad("prefill", num_blocks=10, num_free_blocks=4)
+        load = StageLoad("prefill", num_blocks=10, num_free_blocks=4, busy_s=2.0, num_tokens=1000)
         link = LinkLoad(worker.worker, "mapped", 3, 100, 0.5)
         await worker.tell(DIRECTORY, ReportLoad(worker.worker, (load, StageLoad("decode")), (link,)))
         await until(lambda: fleet.members()[0].stages[0].num_blocks == 10)
         described = json.loads(json.dumps(fleet.describe()))["workers"]
         assert [worker["roles"] for worker in described] == [["prefill", "decode"]]
         assert described[0]["links"][0]["rung"] == "mapped"
+        assert [stage["token_s"] for stage in described[0]["stages"]] == [0.002, 0.0]
         await worker.tell(DIRECTORY, Leave(worker.worker))
         await until(lambda: not fleet.is_alive(worker.worker))
         assert fleet.missing_roles() == ("encode", "prefill", "decode")

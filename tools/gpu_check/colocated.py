@@ -83,8 +83,8 @@ class MixedPlan:
 
 
 def plan_step(running: Sequence[Running], engine: EngineConfig) -> MixedPlan:
-    """A token for everybody whose prompt is through, then prompts in order of arrival as far as the budget goes, which is the smaller
-    one where tokens are drawn, as in epd's own prefill stage. Pure.
+    """A token for everybody whose prompt is through, then prompts in order of arrival as far as the budget goes, which beside
+    tokens is the smaller one, as in epd's own prefill stage. Pure.
     """
     parts: list[tuple[Running, int, bool]] = []
     for each in running:
