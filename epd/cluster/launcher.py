@@ -150,7 +150,8 @@ class Launcher:
 
     def _on_ready(self, member: _Member, text: str) -> None:
         again = " again" if member.num_starts > 1 else ""
-        print(f"  {member.name:<{self._width}} ready{again}{f' in {text}' if text and member.roles != 'gateway' else ''}", flush=True)
+        taken = f" in {text}" if text and member.roles != "gateway" else ""
+        print(f"  {member.name:<{self._width}} ready{again}{taken}", flush=True)
         member.is_ready = True
         if member.roles == "gateway":
             self._url = text

@@ -91,9 +91,9 @@ class _Member:
 
     @property
     def has_streams(self) -> bool:
-        """Somebody decodes on the device."""
+        """Somebody decodes on the device, as it says: of what was given to it, most still waits for prefill."""
         stage = self.stages.get("decode")
-        return stage is not None and stage.estimate_requests() > 0
+        return stage is not None and stage.load.num_running > 0
 
 
 class Placement:

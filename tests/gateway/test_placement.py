@@ -221,10 +221,12 @@ def test_a_request_s_own_prompt_does_not_keep_its_images_away() -> None:
 
 
 def test_an_image_is_encoded_where_it_is_prefilled_if_no_other_place_is_better() -> None:
-    placement = a_placement(view("w1", "encode", "prefill"), view("w2", "encode", "prefill"))
+    stages = ("encode", "prefill", "decode")
+    placement = a_placement(view("w1", *stages), view("w2", *stages))
     placement.end(placement.place_encode(an_image("before")))  # so that the next image's turn is another worker's
     for number in range(6):
         prompt = placement.place_prefill((), 1000)
+        placement.place_decode((), 1000, prompt=prompt)  # that it is to decode there disturbs nobody yet
         image = placement.place_encode(an_image(f"i{number}", 100), prompt=prompt)
         assert image.worker == prompt.worker
         placement.end(image)
