@@ -59,16 +59,17 @@ class Placed:
         self.prefill = prefill
         self.decode = decode
         self._placement = placement
-        self.prompt, self._of_decode = assignments
+        self.assignments = assignments
+        self._of_prefill, self._of_decode = assignments
         self._is_prefilled = False
 
     def prefilled(self) -> None:
         """The prefill worker is done with it."""
         self._is_prefilled = True
-        self._placement.end(self.prompt)
+        self._placement.end(self._of_prefill)
 
     def release(self, *, failed: bool = False) -> None:
-        self._placement.end(self.prompt, failed=failed and not self._is_prefilled)
+        self._placement.end(self._of_prefill, failed=failed and not self._is_prefilled)
         self._placement.end(self._of_decode, failed=failed)
 
 
@@ -205,7 +206,7 @@ class Fleet(Actor):
         self, item: MMItem, placed: Placed, *, avoid: frozenset[WorkerId], timeout_s: float
     ) -> AsyncIterator[Endpoint]:
         """An encode worker for one image of a request that is placed so, counted as busy with it meanwhile."""
-        place = partial(self._placement.place_encode, item, prompt=placed.prompt, avoid=avoid)
+        place = partial(self._placement.place_encode, item, of=placed.assignments, avoid=avoid)
         assignment = await self._when_possible(place, timeout_s)
         failed = True
         try:

@@ -49,6 +49,10 @@ class Assignment:
     new_keys: tuple[Hashable, ...]  # that the worker will have in its cache afterwards
 
 
+Own = tuple[Assignment, ...]
+"""What has been placed of the request whose work is to be placed: it is not in its own way."""
+
+
 @dataclass(slots=True, eq=False)
 class _Stage:
     """One stage of one worker: its last report, this gateway's own work now, and how much of that there was at the report."""
@@ -83,17 +87,15 @@ class _Member:
     is_usable: bool = True
     stages: dict[str, _Stage] = field(default_factory=dict)
 
-    def queue_s(self, but: Assignment | None) -> float:
-        """Of the device, until it has encoded and prefilled all that it has been given, other than one assignment."""
-        queue_s = sum(stage.queue_s for stage in self.stages.values())
-        stage = self.stages.get(but.role) if but is not None else None
-        return queue_s - but.amount * stage.token_s if but is not None and stage is not None and but in stage.given else queue_s
+    def queue_s(self, but: Own) -> float:
+        """Of the device, until it has encoded and prefilled all that it has been given, other than for one request."""
+        own_s = sum(stage.token_s * own.amount for stage in self.stages.values() for own in stage.given.intersection(but))
+        return sum(stage.queue_s for stage in self.stages.values()) - own_s
 
-    @property
-    def has_streams(self) -> bool:
-        """Somebody decodes on the device, as it says: of what was given to it, most still waits for prefill."""
+    def has_streams(self, but: Own) -> bool:
+        """Somebody decodes on the device, or will when it is prefilled, other than one request."""
         stage = self.stages.get("decode")
-        return stage is not None and stage.load.num_running > 0
+        return stage is not None and stage.estimate_requests() > len(stage.given.intersection(but))
 
 
 class Placement:
@@ -143,18 +145,18 @@ class Placement:
 
     # --- decisions --------------------------------------------------------------------------------------------------
 
-    def place_encode(self, item: MMItem, *, prompt: Assignment | None = None, avoid: Collection[WorkerId] = ()) -> Assignment:
+    def place_encode(self, item: MMItem, *, of: Own = (), avoid: Collection[WorkerId] = ()) -> Assignment:
         """Where the image has been encoded or is being encoded, else where that delays least.
 
         Args:
-            prompt: of the image's request. It waits for the image, not the image for it.
+            of: the prefill and decode of the image's request. They wait for the image, not the image for them.
 
         Raises:
             Unavailable: there is no worker; the other two raise it too.
         """
         keys = (item.mm_hash,)
         holders = self._caches["encode"].longest(keys)
-        near = prompt.worker if prompt is not None else None
+        near = next((own.worker for own in of if own.role == "prefill"), None)
 
         def rank(worker: WorkerId, stage: _Stage) -> _Rank:
             if self._together and worker != near:
@@ -162,7 +164,7 @@ class Placement:
             if worker in holders:
                 return (0.0,)  # it does not queue behind others
             # Where it is prefilled it is in nobody's way that is not waiting for it, and its rows need not travel.
-            return 1.0, self._delay_s(worker, item.num_tokens * stage.token_s, but=prompt), worker != near
+            return 1.0, self._delay_s(worker, item.num_tokens * stage.token_s, but=of), worker != near
 
         worker = self._best("encode", rank, avoid)
         if worker in holders:
@@ -196,7 +198,7 @@ class Placement:
         """
         holders = self._caches["decode"].longest(hashes)
         num_blocks = -(-(num_tokens + 1) // self._block_size)
-        near = prompt.worker if prompt is not None else None
+        near, own = (prompt.worker, (prompt,)) if prompt is not None else (None, ())
         travel_s = prompt.amount * self._speeds.token_s(prompt.worker, "prefill") if prompt is not None else 0.0
 
         def rank(worker: WorkerId, stage: _Stage) -> _Rank:
@@ -205,7 +207,7 @@ class Placement:
             # Before the first report nothing is known of the pool: as if it were empty.
             used_share = num_used / load.num_blocks if load.num_blocks else 0.0
             step = (stage.estimate_requests() + 1) * (1 + used_share)
-            held_up_s = self._members[worker].queue_s(but=prompt) + (travel_s if worker != near else 0.0)
+            held_up_s = self._members[worker].queue_s(but=own) + (travel_s if worker != near else 0.0)
             return self._together and worker != near, used_share > 1, round(math.log(step, _SIMILAR)), held_up_s, step
 
         worker = self._best("decode", rank, avoid)
@@ -246,10 +248,10 @@ class Placement:
         """Pieces of work that this worker has been given, in all of its stages."""
         return sum(len(stage.given) for stage in self._members[worker].stages.values())
 
-    def _delay_s(self, worker: WorkerId, work_s: float, *, but: Assignment | None = None) -> float:
+    def _delay_s(self, worker: WorkerId, work_s: float, *, but: Own = ()) -> float:
         """Until work that begins now is done there, and what that costs the sequences that decode there."""
         member = self._members[worker]
-        return member.queue_s(but) + work_s * (2 if member.has_streams else 1)
+        return member.queue_s(but) + work_s * (2 if member.has_streams(but) else 1)
 
     def _best(self, role: str, rank: Callable[[WorkerId, _Stage], _Rank], avoid: Collection[WorkerId]) -> WorkerId:
         candidates = self.candidates(role)

@@ -58,19 +58,19 @@ def test_together_a_request_stays_on_one_worker_and_requests_spread_by_number() 
     placement.update([view(name, "encode", "prefill", "decode", running=7 * (name == "w2")) for name in ("w1", "w2")])
     first = placement.place_prefill([], 900)
     assert placement.place_decode([], 900, prompt=first).worker == first.worker
-    assert {placement.place_encode(an_image(f"i{n}"), prompt=first).worker for n in range(3)} == {first.worker}
+    assert {placement.place_encode(an_image(f"i{n}"), of=(first,)).worker for n in range(3)} == {first.worker}
     second = placement.place_prefill([], 10)
     assert second.worker != first.worker
     assert placement.place_decode([], 10, prompt=second).worker == second.worker
     # an image that is cached on the other worker is encoded again
-    assert placement.place_encode(an_image("i0"), prompt=second).worker == second.worker
+    assert placement.place_encode(an_image("i0"), of=(second,)).worker == second.worker
 
 
 def test_together_goes_elsewhere_for_a_stage_that_the_worker_does_not_have() -> None:
     placement = Placement(block_size=BLOCK, together=True)
     placement.update([view("p", "prefill"), view("d", "decode"), view("e", "encode")])
     assert placement.place_decode([], 10, prompt=a_prompt("p")).worker == "d"
-    assert placement.place_encode(an_image("i"), prompt=a_prompt("p")).worker == "e"
+    assert placement.place_encode(an_image("i"), of=(a_prompt("p"),)).worker == "e"
 
 
 # --- encode -------------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_a_request_s_own_prompt_does_not_keep_its_images_away() -> None:
     """It waits for them: the first of them might as well be encoded where it is prefilled, the second would be in the way."""
     placement = a_placement(view("w1", "encode", "prefill"), view("w2", "encode", "prefill"))
     prompt = placement.place_prefill((), 1000)
-    images = {placement.place_encode(an_image(f"i{number}", 100), prompt=prompt).worker for number in range(2)}
+    images = {placement.place_encode(an_image(f"i{number}", 100), of=(prompt,)).worker for number in range(2)}
     assert images == {"w1", "w2"}
 
 
@@ -226,11 +226,19 @@ def test_an_image_is_encoded_where_it_is_prefilled_if_no_other_place_is_better()
     placement.end(placement.place_encode(an_image("before")))  # so that the next image's turn is another worker's
     for number in range(6):
         prompt = placement.place_prefill((), 1000)
-        placement.place_decode((), 1000, prompt=prompt)  # that it is to decode there disturbs nobody yet
-        image = placement.place_encode(an_image(f"i{number}", 100), prompt=prompt)
-        assert image.worker == prompt.worker
-        placement.end(image)
-        placement.end(prompt)
+        decode = placement.place_decode((), 1000, prompt=prompt)
+        image = placement.place_encode(an_image(f"i{number}", 100), of=(prompt, decode))
+        assert image.worker == prompt.worker == decode.worker
+        for each in (image, prompt, decode):
+            placement.end(each)
+
+
+def test_work_keeps_off_workers_that_will_stream() -> None:
+    """What is to be decoded there has not been prefilled yet, and no report shows it."""
+    stages = ("encode", "prefill", "decode")
+    placement = a_placement(view("w1", *stages), view("w2", *stages))
+    decode = placement.place_decode((), 100)
+    assert placement.place_encode(an_image("i", 100)).worker != decode.worker
 
 
 def test_work_keeps_off_workers_that_stream() -> None:
