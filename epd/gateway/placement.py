@@ -156,15 +156,19 @@ class Placement:
         """
         keys = (item.mm_hash,)
         holders = self._caches["encode"].longest(keys)
-        near = next((own.worker for own in of if own.role == "prefill"), None)
+        prompt = next((own for own in of if own.role == "prefill"), None)
+        near = prompt.worker if prompt is not None else None
+        # Of its own prompt, what comes before the image is computed meanwhile; the rest waits for it.
+        before_s = min(item.offset, prompt.amount) * self._speeds.token_s(prompt.worker, "prefill") if prompt is not None else 0.0
 
         def rank(worker: WorkerId, stage: _Stage) -> _Rank:
             if self._together and worker != near:
                 return (2.0,)
             if worker in holders:
                 return (0.0,)  # it does not queue behind others
-            # Where it is prefilled it is in nobody's way that is not waiting for it, and its rows need not travel.
-            return 1.0, self._delay_s(worker, item.num_tokens * stage.token_s, but=of), worker != near
+            delay_s = self._delay_s(worker, item.num_tokens * stage.token_s, but=of) + (before_s if worker == near else 0.0)
+            # Of equal ones the one where it is prefilled: its rows need not travel.
+            return 1.0, delay_s, worker != near
 
         worker = self._best("encode", rank, avoid)
         if worker in holders:

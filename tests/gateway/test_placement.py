@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -218,6 +219,15 @@ def test_a_request_s_own_prompt_does_not_keep_its_images_away() -> None:
     prompt = placement.place_prefill((), 1000)
     images = {placement.place_encode(an_image(f"i{number}", 100), of=(prompt,)).worker for number in range(2)}
     assert images == {"w1", "w2"}
+
+
+def test_a_later_image_keeps_off_the_prompt_that_is_computed_before_it() -> None:
+    placement = a_placement(view("w1", "encode", "prefill"), view("w2", "encode", "prefill"))
+    prompt = placement.place_prefill((), 1000)
+    for offset, is_near in ((0, True), (500, False)):
+        image = placement.place_encode(msgspec.structs.replace(an_image(f"at {offset}", 100), offset=offset), of=(prompt,))
+        assert (image.worker == prompt.worker) == is_near
+        placement.end(image)
 
 
 def test_an_image_is_encoded_where_it_is_prefilled_if_no_other_place_is_better() -> None:
