@@ -166,9 +166,10 @@ class Placement:
                 return (2.0,)
             if worker in holders:
                 return (0.0,)  # it does not queue behind others
-            delay_s = self._delay_s(worker, item.num_tokens * stage.token_s, but=of) + (before_s if worker == near else 0.0)
-            # Of equal ones the one where it is prefilled: its rows need not travel.
-            return 1.0, delay_s, worker != near
+            work_s = item.num_tokens * stage.token_s
+            delay_s = self._delay_s(worker, work_s, but=of) + (before_s if worker == near else 0.0)
+            # Of about equal ones the one where it is prefilled: that will be busy with this request anyway.
+            return 1.0, round(delay_s / work_s, 1), worker != near, delay_s
 
         worker = self._best("encode", rank, avoid)
         if worker in holders:
