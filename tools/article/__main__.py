@@ -40,6 +40,7 @@ _RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 _START_S = 6.0  # of a cluster, its end included
 _RAMP_SHARE = 0.6  # of a cell's time
 _IDLE_S = 20.0
+_USUAL = ("text", "8 images", "mixed", "quiet 8 images", "quiet mixed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,15 +208,15 @@ def _parser() -> argparse.ArgumentParser:
         "--profile", default="h200-qwen3-vl-8b", help="device profile: a file, or the name of one that comes along"
     )
     parser.add_argument("--devices", type=int, default=8, help="of each topology")
-    parser.add_argument("--ratios", default="3:4:1", help="E:P:D to be measured beside what `epd plan` chooses")
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="which ones")
+    parser.add_argument("--ratios", default="", help="E:P:D, as in 3:4:1, to be measured beside what `epd plan` chooses")
+    parser.add_argument("--workloads", default=",".join(_USUAL), help=f"which ones of: {', '.join(WORKLOADS)}")
     parser.add_argument("--users", type=int, default=0, help="at once; 0: each workload's own number")
     parser.add_argument("--output-tokens", type=int, default=64, help="of an answer")
     parser.add_argument(
         "--slo", type=_promise, default=Promise(), metavar="ttft=S,image=S,tpot=S", help="what sessions are held to"
     )
     parser.add_argument("--slow", type=float, default=2.0, help="devices take so many times as long; results are divided by it")
-    parser.add_argument("--budget", type=float, default=720.0, help="seconds for all of it")
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds for all of it")
     parser.add_argument("--least-cell-s", type=float, default=8.0, help="seconds for one topology under one workload, at least")
     parser.add_argument("--no-baselines", action="store_true", help="only epd")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
