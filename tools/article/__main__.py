@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan_jobs(profile: Profile, workloads: Sequence[Workload], args: argparse.Namespace) -> list[_Job]:
     """Every topology once, with all of its workloads, so that clusters start as seldom as can be."""
+    if args.devices < 1:
+        raise ValueError(f"--devices {args.devices}: at least one")
     ratios = [tuple(int(number) for number in each.split(":")) for each in args.ratios.split(",") if each]
     for ratio in ratios:
         if len(ratio) != 3 or sum(ratio) != args.devices or min(ratio) < 1:

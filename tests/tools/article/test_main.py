@@ -44,7 +44,14 @@ def test_a_small_experiment_from_end_to_end(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    "words", [["--workloads", "nothing"], ["--ratios", "1:1:1"], ["--profile", "/nowhere"], ["--devices", "2", "--ratios", ""]]
+    "words",
+    [
+        ["--workloads", "nothing"],
+        ["--ratios", "1:1:1"],
+        ["--profile", "/nowhere"],
+        ["--devices", "0"],
+        ["--slo", "ttft=0.001,tpot=0.04"],
+    ],
 )
 def test_what_makes_no_sense_is_said_before_anything_starts(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
