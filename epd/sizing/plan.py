@@ -9,7 +9,6 @@ from epd.devices import parse_workers, step_limits, workers_text
 from epd.errors import BadConfig
 from epd.sizing.predict import Model, Prediction, Predictor, Split, highest_rate, sessions_at
 
-POOLED = "EPD"
 _BRUTE_FORCE = 24  # devices up to which every split is looked at
 _BESIDE_DECODE = step_limits("cuda").budget_beside_decode
 _EVEN_GAPS = 1.03  # where rates are about the same, decode apart is the better one: its tokens come evenly
@@ -83,10 +82,15 @@ def plan_devices(model: Model, targets: Targets, devices: int) -> Plan:
         split = best_split(model, targets, devices, with_encode=with_encode)
         found += [split_shape(model, split)] if split is not None else []
     rated = {shape.name: highest_rate(shape.predict, targets.ttft_s, targets.itl_s) for shape in found}
-    answer = max(found, key=lambda shape: rated[shape.name] * (1.0 if shape.name.startswith(POOLED) else _EVEN_GAPS))
+    answer = max(found, key=lambda shape: rated[shape.name] * (1.0 if is_pooled(shape.workers) else _EVEN_GAPS))
     if not rated[answer.name]:
         raise BadConfig(f"{devices} devices do not keep TTFT {targets.ttft_s:g} s and ITL {targets.itl_s:g} s: ask for less")
     return _plan(model, targets, answer, [shape for shape in found if shape is not answer], rated[answer.name])
+
+
+def is_pooled(workers: str) -> bool:
+    """Whether all workers are of one kind, which then has every stage."""
+    return bool(workers) and "," not in workers
 
 
 def split_shape(model: Model, split: Split) -> Shape:
@@ -101,7 +105,7 @@ def split_shape(model: Model, split: Split) -> Shape:
 def pooled_shape(model: Model, devices: int) -> Shape:
     """Every stage on every device."""
     kind = "encode+prefill+decode" if model.demand().images else "prefill+decode"
-    return Shape(f"{POOLED} {devices}", workers_text({kind: devices}), devices, _chunked(model).pooled(devices))
+    return Shape(f"EPD {devices}", workers_text({kind: devices}), devices, _chunked(model).pooled(devices))
 
 
 def smallest(model: Model, targets: Targets, rate: float, *, with_encode: bool) -> Split:

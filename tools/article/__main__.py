@@ -23,7 +23,7 @@ from epd.emulated.profile import Profile, load_profile
 from epd.errors import BadConfig, EpdError
 from epd.model.config import load_model_config
 from epd.sizing.demand import Steps
-from epd.sizing.plan import POOLED, Service, Targets, plan_devices
+from epd.sizing.plan import Service, Targets, is_pooled, plan_devices
 from epd.sizing.predict import Model
 from epd.sizing.workload import parse_workload
 from tools.article import report
@@ -101,8 +101,8 @@ def planned(profile: Profile, workload: Workload, devices: int, promise: Promise
     ttft_s = max(promise.ttft_of(kind.num_images) for kind in workload.kinds)
     plan = plan_devices(Model(profile, asked, Steps()), Targets(ttft_s, promise.tpot_s), devices)
     kinds = sorted((each for each in plan.others if each.workers), key=lambda each: each.highest, reverse=True)
-    is_pooled = plan.answer.name.startswith(POOLED)
-    return [plan.answer, *[each for each in kinds if each.name.startswith(POOLED) != is_pooled][:1]]
+    others = [each for each in kinds if is_pooled(each.workers) != is_pooled(plan.answer.workers)]
+    return [plan.answer, *others[:1]]
 
 
 async def _measure_all(jobs: Sequence[_Job], args: argparse.Namespace) -> list[report.Result]:
