@@ -4,27 +4,30 @@ from epd.cluster.launcher import Launcher
 from epd.config import ClusterConfig, ServeConfig, parse
 
 
-def test_every_worker_is_started_on_its_seat() -> None:
-    config = parse(["cluster", "--encode", "1", "--decode", "2", "--device", "cuda:0,cuda:1,cuda:1"])
+def commands_of(*words: str) -> dict[str, ServeConfig]:
+    """What each process of a cluster is started with, as it reads it."""
+    config = parse(["cluster", *words])
     assert isinstance(config, ClusterConfig)
-    commands = {name: parse(["serve", *words]) for name, words in Launcher(config).commands().items()}
-    assert all(isinstance(command, ServeConfig) for command in commands.values())
-    assert {name: (command.device, command.memory_fraction) for name, command in commands.items() if name != "gateway"} == {  # type: ignore[union-attr]
+    found = {name: parse(["serve", *own]) for name, own in Launcher(config).commands().items()}
+    serve = {name: command for name, command in found.items() if isinstance(command, ServeConfig)}
+    assert len(serve) == len(found)
+    return serve
+
+
+def test_every_worker_is_started_on_its_seat() -> None:
+    commands = commands_of("--encode", "1", "--decode", "2", "--device", "cuda:0,cuda:1,cuda:1")
+    assert {name: (command.device, command.memory_fraction) for name, command in commands.items() if name != "gateway"} == {
         "encode-0": ("cuda:0", 0.9),
         "prefill-0": ("cuda:1", 0.2455),
         "decode-0": ("cuda:1", 0.3273),
         "decode-1": ("cuda:1", 0.3273),
     }
-    assert isinstance(commands["gateway"], ServeConfig)
     assert commands["gateway"].device == "cpu"  # a gateway needs none
 
 
 def test_workers_of_several_stages() -> None:
-    words = ["cluster", "--workers", "decode+prefill:2,encode+prefill+decode:1", "--device", "cuda:0,cuda:0,cuda:1"]
-    config = parse(words)
-    assert isinstance(config, ClusterConfig)
-    commands = {name: parse(["serve", *words]) for name, words in Launcher(config).commands().items()}
-    assert {name: (command.roles, command.device, command.memory_fraction) for name, command in commands.items()} == {  # type: ignore[union-attr]
+    commands = commands_of("--workers", "decode+prefill:2,encode+prefill+decode:1", "--device", "cuda:0,cuda:0,cuda:1")
+    assert {name: (command.roles, command.device, command.memory_fraction) for name, command in commands.items()} == {
         "gateway": (("gateway",), "cpu", 0.9),
         "prefill-decode-0": (("prefill", "decode"), "cuda:0", 0.45),
         "prefill-decode-1": (("prefill", "decode"), "cuda:0", 0.45),
