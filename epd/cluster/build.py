@@ -22,9 +22,11 @@ from epd.encode.batcher import EncodeBatcher
 from epd.errors import BadConfig
 from epd.microkernel.system import System
 from epd.model.config import ModelConfig
+from epd.model.shapes import attention_share
 from epd.prefill.actor import PrefillActor
+from epd.prefill.config import PrefillConfig
 from epd.prefill.embeddings import EmbeddingFetcher
-from epd.prefill.scheduler import PrefillConfig, PrefillScheduler
+from epd.prefill.scheduler import PrefillScheduler
 from epd.stage import StageActor
 from epd.step import TextRunner, VisionRunner
 from epd.transfer.receiver import Receiver
@@ -102,6 +104,7 @@ class StageParts:
                 max_model_len=self.sizes.max_model_len,
                 eos_token_ids=frozenset(self.model.eos_token_ids),
                 max_steps_in_flight=self.stack.steps_in_flight,
+                pair_cost=attention_share(self.model),
             ),
             blocks,
         )

@@ -103,6 +103,14 @@ def text_groups(config: ModelConfig) -> list[tuple[str, ...]]:
     return groups
 
 
+def attention_share(config: ModelConfig) -> float:
+    """Arithmetic of one token's attending to another, all layers, as a share of what a token takes in linear layers."""
+    text = config.text
+    linear = text.num_layers * sum(math.prod(shape) for shape in _text_layer_shapes(text).values() if len(shape) == 2)
+    attention = text.num_layers * text.num_heads * text.head_dim * 2  # multiplications with a key and with a value
+    return attention / linear
+
+
 def count_numbers(shapes: Shapes) -> int:
     """Of all tensors together."""
     return sum(math.prod(shape) for shape in shapes.values())

@@ -196,6 +196,7 @@ class PrefillActor(StageActor):
                 self._fail_step(landing.plan, landing.output)
             else:
                 self.stepped(landing.began_s, landing.num_tokens)
+                self._scheduler.took(landing.plan, landing.landed_s - landing.began_s)
                 self._commit(landing.plan, landing.output, landing.began_s, landing.landed_s)
         self._launch()
         return False

@@ -3,7 +3,7 @@
 Steps: `plan` decides one, the runner computes it, `commit` books it. Chunks do not depend on what is drawn, so several steps may
 be in flight, and they come back in order. What is in flight is scheduled and not computed: it is told to nobody, and its blocks
 stay held, also when the request leaves, until every step that writes to them has come back. A prompt is cut into chunks under
-the step's token budget and runs up to the first image whose embedding is not there.
+the step's budget (`budget`) and runs up to the first image whose embedding is not there.
 
 A failed step alters nothing. Its chunks are tried again by halves (`blame`) until one fails that is alone; chunks in flight that
 follow a failed one are dropped as they land and planned anew.
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -35,8 +34,9 @@ from epd.cache.block_pool import BlockPool, CachedPrefix
 from epd.cache.prefix import block_hashes
 from epd.errors import BadConfig, BadRequest, InternalError, StaleHandle
 from epd.finish import finish_reason
-from epd.prefill.budget import share_budget
+from epd.prefill.budget import StepBudget
 from epd.prefill.chains import Chains
+from epd.prefill.config import PrefillConfig
 from epd.prefill.integrity import Books, what_is_wrong
 from epd.prefill.request import (
     FinishedBlocks,
@@ -50,28 +50,14 @@ from epd.prefill.request import (
 from protocol.messages import RequestId, Token
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillConfig:
-    block_size: int
-    token_budget: int  # new tokens in one step, at most
-    budget_beside_decode: int  # the same while anybody decodes on this worker
-    max_chunk_tokens: int  # of one request in one step
-    max_running: int  # requests in one step
-    max_model_len: int
-    eos_token_ids: frozenset[int] = frozenset()
-    max_steps_in_flight: int = 1
-
-
 class PrefillScheduler:
     """A request is added once and leaves by `release` or `abort`."""
 
     def __init__(self, config: PrefillConfig, pool: BlockPool) -> None:
-        budget = min(config.token_budget, config.budget_beside_decode)
-        if min(config.block_size, budget, config.max_chunk_tokens, config.max_running, config.max_steps_in_flight) < 1:
-            raise BadConfig("prefill limits must be at least 1")
         self._config = config
+        self._budget = StepBudget(config)
         self._pool = pool
-        self._max_stalled_blocks = pool.num_blocks - self._num_blocks_of(config.max_model_len)
+        self._max_stalled_blocks = pool.num_blocks - config.num_blocks_of(config.max_model_len)
         if self._max_stalled_blocks < 0:
             raise BadConfig(
                 f"a KV pool of {pool.num_blocks} blocks of {config.block_size} tokens cannot hold one request of "
@@ -202,7 +188,8 @@ class PrefillScheduler:
             chunks = self._suspects.next(_is_next) if not self._in_flight else ()
         else:
             reused = self._admit(now, num_beside)
-            chunks = self._share_budget(beside_decode=num_beside > 0)
+            runnable = [request for request in self._running.values() if request.is_runnable]
+            chunks = self._budget.share(runnable, beside_decode=num_beside > 0)
         for chunk in chunks:
             chunk.request.num_scheduled_tokens = chunk.end
             chunk.request.num_steps_in_flight += 1
@@ -210,6 +197,10 @@ class PrefillScheduler:
         if chunks:
             self._in_flight.append(plan)
         return plan
+
+    def took(self, plan: PrefillPlan, seconds: float) -> None:
+        """A planned step had the device for so long: those to come are cut accordingly."""
+        self._budget.took(plan, seconds)
 
     def commit(self, plan: PrefillPlan, tokens: Sequence[Token | None]) -> tuple[PrefillProgress, ...]:
         """Book a computed step: `tokens[i]` is what chunk i sampled. Tells of requests that still exist."""
@@ -276,7 +267,7 @@ class PrefillScheduler:
                 break
             cached = self._pool.peek(self._reusable_hashes(request))
             start = cached.num_blocks * self._config.block_size
-            num_blocks = self._num_blocks_of(request.num_tokens)
+            num_blocks = self._config.num_blocks_of(request.num_tokens)
             is_stalled = request.is_stalled(start)
             if request.runnable_until(start) == start or self._is_computed_by_another(request, cached):
                 continue
@@ -294,7 +285,7 @@ class PrefillScheduler:
     def _start(self, request: PrefillRequest, now: float) -> None:
         table = self._pool.lookup(self._reusable_hashes(request))
         num_cached_blocks = len(table)
-        fresh = self._pool.allocate(self._num_blocks_of(request.num_tokens) - num_cached_blocks)
+        fresh = self._pool.allocate(self._config.num_blocks_of(request.num_tokens) - num_cached_blocks)
         if fresh is None:
             raise InternalError("the KV pool promised blocks that it does not have")
         request.block_table = table + fresh
@@ -322,16 +313,6 @@ class PrefillScheduler:
             len(request.block_table)
             for request in self._requests.values()
             if request.block_table and request.is_stalled(request.num_computed_tokens)
-        )
-
-    def _share_budget(self, *, beside_decode: bool) -> tuple[PrefillChunk, ...]:
-        budget = self._config.token_budget
-        return share_budget(
-            [request for request in self._running.values() if request.is_runnable],
-            token_budget=min(budget, self._config.budget_beside_decode) if beside_decode else budget,
-            max_chunk_tokens=self._config.max_chunk_tokens,
-            max_running=self._config.max_running,
-            block_size=self._config.block_size,
         )
 
     # --- booking ----------------------------------------------------------------------------------------------------
@@ -404,9 +385,6 @@ class PrefillScheduler:
     def _unfinished(self) -> Iterable[PrefillRequest]:
         yield from self._waiting.values()
         yield from self._running.values()
-
-    def _num_blocks_of(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.block_size)
 
 
 def _is_next(chunk: PrefillChunk) -> bool:

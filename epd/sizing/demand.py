@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from epd.emulated.cost import TextWork, encode_s, preprocess_s, text_s
+from epd.chunking import ChunkCost
+from epd.emulated.cost import TextWork, at, encode_s, preprocess_s, text_s
 from epd.emulated.profile import Profile
 from epd.sizing.workload import Kind, Workload
 
@@ -34,21 +36,37 @@ def encoding_s(profile: Profile, kind: Kind) -> float:
 def prefill_s(profile: Profile, num_tokens: int, chunk_tokens: int, *, beside: int = 0, context: float = 0.0) -> float:
     """Of a whole prompt in chunks. `beside`: so many sequences with that context draw a token in each step, too."""
     seconds = 0.0
-    for start in range(0, num_tokens, chunk_tokens):
-        count = min(chunk_tokens, num_tokens - start)
+    for start, count in _chunks(chunk_cost(profile, chunk_tokens), num_tokens, chunk_tokens):
         work = TextWork(count + beside, count * start + count * (count + 1) // 2, int(beside * context))
         seconds += text_s(profile, work)
     return seconds
 
 
-def num_chunks(num_tokens: int, chunk_tokens: int) -> int:
-    return -(-num_tokens // chunk_tokens)
+def num_chunks(profile: Profile, num_tokens: int, chunk_tokens: int) -> int:
+    return len(_chunks(chunk_cost(profile, chunk_tokens), num_tokens, chunk_tokens))
+
+
+def chunk_cost(profile: Profile, chunk_tokens: int) -> ChunkCost:
+    """What a worker on this device learns that chunks cost."""
+    token_s = (at(profile.text.rows, 2 * chunk_tokens) - at(profile.text.rows, chunk_tokens)) / chunk_tokens
+    return ChunkCost(profile.text.pair_s / token_s if token_s > 0 else 0.0)
+
+
+@lru_cache
+def _chunks(cost: ChunkCost, num_tokens: int, chunk_tokens: int) -> tuple[tuple[int, int], ...]:
+    """(start, tokens) of each chunk of a prompt, cut to take equal time."""
+    work = cost.work(0, chunk_tokens)
+    chunks: list[tuple[int, int]] = []
+    start = 0
+    while start < num_tokens:
+        count = min(num_tokens - start, chunk_tokens, max(1, cost.num_tokens(start, work)))
+        chunks.append((start, count))
+        start += count
+    return tuple(chunks)
 
 
 def decode_step_s(profile: Profile, batch: float, context: float) -> float:
     """Of one step that draws a token for `batch` sequences (a mean need not be whole) with `context` tokens each on average."""
-    from epd.emulated.cost import at
-
     return at(profile.text.rows, max(1.0, batch)) + profile.text.context_s * batch * context
 
 

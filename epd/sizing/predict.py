@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from epd.emulated.cost import preprocess_s
 from epd.emulated.profile import Profile
@@ -146,11 +147,11 @@ class Model:
     def _fused(self, devices: int, *, is_spread: bool) -> Predictor:
         need = self.demand()
         chunk = self.steps.chunk_tokens
-        chunks = self._mean(lambda kind: float(num_chunks(kind.prompt_tokens, chunk)))
+        chunks = self._mean(lambda kind: float(num_chunks(self.profile, kind.prompt_tokens, chunk)))
 
-        def prefill(batch: float) -> float:
-            """Of a mean prompt, with a token of each of `batch` sequences in every step."""
-            beside = round(batch)
+        @cache  # a search asks for the same ones again and again
+        def prefill(beside: int) -> float:
+            """Of a mean prompt, with a token of each of so many sequences in every step."""
             return self._mean(
                 lambda kind: prefill_s(self.profile, kind.prompt_tokens, chunk, beside=beside, context=need.context)
             )
@@ -161,12 +162,12 @@ class Model:
 
             def drawn(batch: float) -> float:
                 """Tokens a second: in steps beside chunks, and in steps of their own in the time that is left."""
-                left = 1 - each * (need.encode_s + prefill(batch))
+                left = 1 - each * (need.encode_s + prefill(round(batch)))
                 own = max(0.0, left) / decode_step_s(self.profile, max(1.0, batch), need.context)
                 return batch * (each * chunks + own) if left > 0 else 0.0
 
             batch = _lowest(drawn, tokens, self.steps.max_running)
-            grown = prefill(batch) if batch < math.inf else math.inf
+            grown = prefill(round(batch)) if batch < math.inf else math.inf
             itl = batch / tokens if tokens and batch < math.inf else (0.0 if not tokens else math.inf)
             alone = need.encode_s + grown
             wait = waiting(rate, alone, devices, service_cv2=_both_cv2(need)) if grown < math.inf else Wait(math.inf, 1.0)

@@ -66,6 +66,7 @@ class ClusterMachine(RuleBasedStateMachine):
             max_decodes_in_flight=data.draw(st.integers(1, 2), "max_decodes_in_flight"),
             fails_without_token=data.draw(st.booleans(), "fails_without_token"),
             is_shared=self.is_shared,
+            pair_cost=data.draw(st.sampled_from([0.0, 0.1, 10.0]), "pair_cost"),
         )
         self.cluster = Cluster(self.sizes)
         for _ in range(data.draw(st.integers(1, 6), "number of requests to begin with")):

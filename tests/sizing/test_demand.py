@@ -12,7 +12,7 @@ def test_a_prompt_is_its_chunks() -> None:
     assert prefill_s(DEVICE, 1000, 500) == pytest.approx(2 * 0.050)
     assert prefill_s(DEVICE, 1000, 1 << 30) == pytest.approx(0.100)
     assert prefill_s(DEVICE, 50, 500) == pytest.approx(0.010)
-    assert num_chunks(1001, 500) == 3
+    assert num_chunks(DEVICE, 1001, 500) == 3
 
 
 def test_tokens_beside_a_chunk_lengthen_its_step() -> None:

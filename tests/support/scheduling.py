@@ -16,8 +16,9 @@ import numpy as np
 from epd.cache.block_pool import BlockPool
 from epd.decode.request import DecodePlan, DecodeRequest, DecodeState, DecodeStep, Reservation
 from epd.decode.scheduler import DecodeConfig, DecodeScheduler
+from epd.prefill.config import PrefillConfig
 from epd.prefill.request import FinishedBlocks, PrefillPlan, PrefillRequest, PrefillState
-from epd.prefill.scheduler import PrefillConfig, PrefillScheduler
+from epd.prefill.scheduler import PrefillScheduler
 from epd.step import PENDING
 from protocol.messages import MMItem, RequestId, Sampling, Token
 from tests.support.paged import Cell, PagedMemory, cells_of, draw, generate
@@ -44,6 +45,7 @@ class Sizes:
     # A decode step that feeds what a failed one was to draw: fails, as on a runner that looks its tokens up, or feeds rubbish.
     fails_without_token: bool = True
     is_shared: bool = False
+    pair_cost: float = 0.0
 
 
 @dataclass
@@ -92,6 +94,7 @@ class Cluster:
             sizes.max_model_len,
             eos,
             sizes.max_prefills_in_flight,
+            sizes.pair_cost,
         )
         self.prefill = PrefillScheduler(limits, self.prefill_pool)
         decode_limits = DecodeConfig(sizes.block_size, sizes.max_running, sizes.max_model_len, eos, sizes.max_decodes_in_flight)
@@ -182,6 +185,7 @@ class Cluster:
         if not self.prefill_steps:
             return False
         plan, tables = self.prefill_steps.popleft()
+        self.prefill.took(plan, 0.01 * plan.num_tokens)
         if any(self.jobs[chunk.request.request_id].is_poison for chunk in plan.chunks):
             self._blame(self.prefill.retract(plan))
             return True

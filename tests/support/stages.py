@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,8 +24,9 @@ from epd.encode.batcher import EncodeBatcher
 from epd.errors import BadImage
 from epd.microkernel.system import System
 from epd.prefill.actor import PrefillActor
+from epd.prefill.config import PrefillConfig
 from epd.prefill.embeddings import EmbeddingFetcher
-from epd.prefill.scheduler import PrefillConfig, PrefillScheduler
+from epd.prefill.scheduler import PrefillScheduler
 from epd.step import PENDING, FloatArray, ImageInput, SequenceStep, StepOutput, StepPlan
 from epd.transfer.receiver import Receiver
 from epd.transfer.sender import Sender
@@ -83,6 +84,7 @@ class CheckedRunner:
         self.error: Exception | None = None
         self.poison: RequestId | None = None  # no step that this request is in works
         self.num_ahead = 0  # sequences that were launched before their token was known
+        self.on_step: Callable[[StepPlan], None] = lambda plan: None
         self._drawn: dict[RequestId, int] = {}
         self._kv = memory.array(np.int64, (block_size, 2)).view(np.int64)
         self._block_size = block_size
@@ -90,6 +92,7 @@ class CheckedRunner:
     def execute(self, plan: StepPlan) -> StepOutput:
         assert self.gate.wait(20), "nobody opened the gate"
         self.num_steps += 1
+        self.on_step(plan)
         drawn, self._drawn = self._drawn, {}
         if self.error is not None:
             raise self.error
@@ -219,12 +222,13 @@ async def add_prefill(
     local: Sequence[Pool] = (),
     lease_s: float = 20.0,
     max_steps_in_flight: int = 1,
+    pair_cost: float = 0.0,
     clock: Clock = monotonic,
 ) -> PrefillStage:
     memory = shared.memory if shared else _kv_memory(backend, num_blocks)
     blocks = shared.blocks if shared else BlockPool(num_blocks)
     runner = CheckedRunner(memory)
-    config = PrefillConfig(BLOCK_SIZE, budget, chunk, chunk, 16, MAX_LEN, frozenset({EOS}), max_steps_in_flight)
+    config = PrefillConfig(BLOCK_SIZE, budget, chunk, chunk, 16, MAX_LEN, frozenset({EOS}), max_steps_in_flight, pair_cost)
     scheduler = PrefillScheduler(config, blocks)
     pools = [memory, *local]
     receiver = Receiver(system, backend, backend.open_stream("in"), allowed=allowed, local_pools=pools, clock=clock)

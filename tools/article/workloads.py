@@ -100,6 +100,8 @@ WORKLOADS = {
         Workload("quiet 4 images", (_FOUR,), 8),
         Workload("quiet 8 images", (_EIGHT,), 6),
         Workload("quiet mixed", _MIXED, 16),
+        # a few whole books among chats: whoever decodes or waits beside one
+        Workload("long prompts", (replace(_TEXT, text_tokens=500, weight=95), Kind("book", weight=5, text_tokens=64_000)), 16),
     )
 }
 

@@ -1,0 +1,38 @@
+"""The prefill stage alone, with a runner whose KV can be checked."""
+
+from __future__ import annotations
+
+from epd.step import StepPlan
+from gpu.cpu import CpuBackend
+from protocol.messages import Address, Prefill, Prefilled, RequestId
+from tests.support import stages
+from tests.support.clock import FakeClock
+from tests.support.systems import running
+
+
+async def test_chunks_are_cut_by_what_steps_have_taken() -> None:
+    """A runner on whose clock attention is dear: what the stage was told of it is an eighth."""
+    backend, clock = CpuBackend(), FakeClock()
+    steps: list[tuple[int, int]] = []
+
+    def take(plan: StepPlan) -> None:
+        (sequence,) = plan.sequences
+        start, count = sequence.num_computed_tokens, len(sequence.token_ids)
+        steps.append((start, count))
+        clock.now += 0.01 * (count + 0.08 * count * (start + count / 2))
+
+    try:
+        async with running("client", "prefill") as (client, server):
+            stage = await stages.add_prefill(server, backend, budget=8, pair_cost=0.01, clock=clock)
+            stage.runner.on_step = take
+            for number in range(4):
+                prompt = [number * 100 + place for place in range(60)]
+                message = Prefill(RequestId(f"r{number}"), 1, stages.tokens_as_bytes(prompt), 60, (), stages.sampling(1), 10.0)
+                answer = await client.ask(Address(server.worker, "prefill"), message, timeout_s=20)
+                assert isinstance(answer.message, Prefilled)
+                assert [answer.message.token.token_id] == stages.expected_tokens(prompt, 1)
+    finally:
+        backend.close()
+    first, last = steps[: steps.index((0, 8), 1)], steps[-next(i for i, step in enumerate(reversed(steps), 1) if step[0] == 0) :]
+    assert len(last) > len(first) > 60 / 8
+    assert dict(last)[40] == 4
