@@ -13,8 +13,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 _KEPT = 0.99  # weight of all steps before, with each new one: half of it is gone after 69
 _TRUST = 0.2  # steps of average size that the first guess weighs
 _FARTHEST = 8.0  # what is measured may differ by this factor from the first guess; beyond that, something else was measured
@@ -45,35 +43,36 @@ def num_pairs(start: int, num_new: int) -> float:
 class StepCosts:
     """`chunk` is what chunks cost here: a first guess, corrected by `observe`.
 
-    A step's seconds are fitted as c + (n + f * guess * pairs) * s by least squares with weights that fade, for c, s and f. The
-    guess counts as a few steps of average size which say that f is 1; short prompts hardly tell, and so leave it at that.
+    A step's seconds are fitted as s * (tokens + f * guess * pairs) by least squares with weights that fade, for s and f. What a
+    step takes whatever is in it is left out: steps are long beside it, and where they are all alike nothing tells it from s. The
+    guess counts as part of a step of average size which says that f is 1: short prompts, whose pairs are few, hardly move it.
     """
 
     def __init__(self, guess: float) -> None:
         self._guess = guess
-        self._moments = np.zeros((3, 3))  # of (1, tokens, guessed work of attention)
-        self._seconds = np.zeros(3)  # the same, times seconds
+        # Weighted sums of products: of tokens, of the attention guessed for them, and of seconds.
+        self._weight = self._tokens2 = self._both = self._attention2 = self._tokens_s = self._attention_s = 0.0
         self.chunk = ChunkCost(guess)
 
     def observe(self, num_tokens: int, pairs: float, seconds: float) -> None:
         """A prefill step of so many tokens, and pairs of `num_pairs`, took so long."""
         if num_tokens < 1 or seconds <= 0 or not self._guess:
             return
-        step = np.array([1.0, num_tokens, self._guess * pairs])
-        self._moments = _KEPT * self._moments + np.outer(step, step)
-        self._seconds = _KEPT * self._seconds + step * seconds
+        attention = self._guess * pairs
+        self._weight = _KEPT * self._weight + 1.0
+        self._tokens2 = _KEPT * self._tokens2 + num_tokens * num_tokens
+        self._both = _KEPT * self._both + num_tokens * attention
+        self._attention2 = _KEPT * self._attention2 + attention * attention
+        self._tokens_s = _KEPT * self._tokens_s + num_tokens * seconds
+        self._attention_s = _KEPT * self._attention_s + attention * seconds
         self.chunk = ChunkCost(self._guess * self._fitted())
 
     def _fitted(self) -> float:
-        """The factor on the guess."""
-        count, square = self._moments[0, 0], self._moments[1, 1]
-        alike = np.array([0.0, 1.0, -1.0])
-        moments = self._moments + _TRUST * square / count * np.outer(alike, alike)
-        # Where every step takes as long, as it should, nothing tells what one without tokens takes: then that is little.
-        moments[0, 0] *= 1.01
-        step_s, token_s, attention_s = np.linalg.solve(moments, self._seconds)
-        if step_s < 0:
-            token_s, attention_s = np.linalg.solve(moments[1:, 1:], self._seconds[1:])
+        """The factor on the guess, from the normal equations of the fit."""
+        trust = _TRUST * self._tokens2 / self._weight
+        tokens2, both, attention2 = self._tokens2 + trust, self._both - trust, self._attention2 + trust
+        token_s = attention2 * self._tokens_s - both * self._attention_s  # both times the determinant, which is above zero
+        attention_s = tokens2 * self._attention_s - both * self._tokens_s
         if token_s <= 0:
             return _FARTHEST
-        return float(min(max(attention_s / token_s, 1 / _FARTHEST), _FARTHEST))
+        return min(max(attention_s / token_s, 1 / _FARTHEST), _FARTHEST)

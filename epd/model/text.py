@@ -80,7 +80,7 @@ class TextModel:
         if num_sampled == 0:
             return np.empty((0, self.config.vocab_size), np.float32)
         last, eps, width = len(self._layers) - 1, self.config.rms_norm_eps, self.config.hidden_size
-        self._attend(batch, last, kv_pool, rows, team)
+        self._attend(batch, last, kv_pool, rows, team, only_sampled=True)
         chosen = rows
         if num_sampled < batch.num_tokens or not _is_range(batch.sampled_rows):
             chosen = buffers.sampled_rows(num_sampled)
@@ -101,13 +101,21 @@ class TextModel:
                 if row <= sampled_row < row + len(span.rows):
                     chosen.x_array[place] += span.rows[sampled_row - row, column : column + self.config.hidden_size]
 
-    def _attend(self, batch: Batch, layer: int, kv_pool: FloatArray, rows: _Rows, team: Team | None) -> None:
+    def _attend(
+        self, batch: Batch, layer: int, kv_pool: FloatArray, rows: _Rows, team: Team | None, *, only_sampled: bool = False
+    ) -> None:
+        """`only_sampled`: of chunks, no more than the rows that sample, which are their last ones."""
         q, attended, scale = rows.q_array, rows.attended_array, self._scale
         if count := batch.num_single:
             tables, lengths = batch.block_tables, batch.context_lens
             paged_attention(q[:count], kv_pool, layer, tables, lengths, scale, attended[:count], team)
         for chunk in batch.chunks:
-            part = slice(chunk.start, chunk.end)
+            start = chunk.start
+            if only_sampled:
+                start = chunk.end - 1
+                if start not in batch.sampled_rows:
+                    continue
+            part = slice(start, chunk.end)
             chunk_attention(q[part], kv_pool, layer, chunk.block_table, chunk.context_len, scale, attended[part], team)
 
 
