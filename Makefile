@@ -54,7 +54,7 @@ lint: $(TEST_READY)  ## ruff, strict mypy and the layer contracts
 bench: $(TEST_READY)  ## measure every speed claim; prints a table and keeps it under bench/results/
 	@$(BIN)/python -m tools.bench $(BENCH_ARGS)
 
-bench-article: $(TEST_READY)  ## the article's experiment on emulated devices: table, plots and JSON under bench/results/, 6 minutes
+bench-article: $(TEST_READY)  ## the article's experiment on emulated devices: table, plots and JSON under bench/results/, 7 minutes
 	@$(BIN)/python -m tools.article $(ARTICLE_ARGS)
 
 gpu-check:  ## on a machine with a GPU: its tests and figures, in ten minutes at most; installs nothing

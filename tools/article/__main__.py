@@ -40,7 +40,7 @@ _RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 _START_S = 6.0  # of a cluster, its end included
 _RAMP_SHARE = 0.6  # of a cell's time
 _IDLE_S = 20.0
-_USUAL = ("text", "8 images", "mixed", "quiet 8 images", "quiet mixed")
+_USUAL = ("text", "8 images", "mixed", "quiet 8 images", "quiet mixed", "long prompts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def planned(profile: Profile, workload: Workload, devices: int, promise: Promise
     image = load_model_config(qwen3_vl_8b()).image
     assert image is not None
     asked = parse_workload(workload.notation(), image)
-    ttft_s = max(promise.ttft_of(kind.num_images) for kind in workload.kinds)
+    ttft_s = max(promise.ttft_of(kind.name, kind.num_images) for kind in workload.kinds)
     plan = plan_devices(Model(profile, asked, Steps()), Targets(ttft_s, promise.tpot_s), devices)
     kinds = sorted((each for each in plan.others if each.workers), key=lambda each: each.highest, reverse=True)
     others = [each for each in kinds if is_pooled(each.workers) != is_pooled(plan.answer.workers)]
@@ -148,7 +148,7 @@ async def _measure(
             seen[0],
             seen[-1],
             slow=args.slow,
-            promise=args.slo,
+            promise=workload.promise(args.slo),
             output_tokens=workload.output_tokens,
         )
 
@@ -194,8 +194,11 @@ def _promise(text: str) -> Promise:
     """ttft=S,image=S,tpot=S"""
     words = dict(part.partition("=")[::2] for part in text.split(","))
     try:
-        return Promise(float(words.pop("ttft")), float(words.pop("image", "0")), float(words.pop("tpot")), **words)
-    except (KeyError, ValueError, TypeError):
+        promise = Promise(float(words.pop("ttft")), float(words.pop("image", "0")), float(words.pop("tpot")))
+        if words:
+            raise ValueError(f"unknown: {', '.join(words)}")
+        return promise
+    except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"{text!r}: expected ttft=S,tpot=S and perhaps image=S") from None
 
 
@@ -218,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         "--slo", type=_promise, default=Promise(), metavar="ttft=S,image=S,tpot=S", help="what sessions are held to"
     )
     parser.add_argument("--slow", type=float, default=2.0, help="devices take so many times as long; results are divided by it")
-    parser.add_argument("--budget", type=float, default=300.0, help="seconds for all of it")
+    parser.add_argument("--budget", type=float, default=360.0, help="seconds for all of it")
     parser.add_argument("--least-cell-s", type=float, default=8.0, help="seconds for one topology under one workload, at least")
     parser.add_argument("--no-baselines", action="store_true", help="only epd")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")

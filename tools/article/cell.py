@@ -108,8 +108,8 @@ def _verdict(record: Record, promise: Promise, slow: float, end: float) -> bool 
     if record.reason != "unfinished":
         return False
     if not record.piece_times_s:
-        return False if end - record.sent_s > slow * promise.ttft_of(record.num_images) else None
-    if ttft_s(record) > slow * promise.ttft_of(record.num_images):
+        return False if end - record.sent_s > slow * promise.ttft_of(record.kind, record.num_images) else None
+    if ttft_s(record) > slow * promise.ttft_of(record.kind, record.num_images):
         return False
     return None
 

@@ -10,7 +10,8 @@ import base64
 import json
 import struct
 import zlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -32,6 +33,7 @@ class Kind:
     text_tokens: int = 50  # one byte each
     num_images: int = 0
     size: tuple[int, int] = FULL_HD
+    patience_s: float = 0.0  # that a prompt of this length adds to the promised TTFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,10 @@ class Workload:
             for kind in self.kinds
         )
 
+    def promise(self, usual: Promise) -> Promise:
+        """What its users are promised."""
+        return replace(usual, patience_s={kind.name: kind.patience_s for kind in self.kinds})
+
     def chat(self, index: int, seed: int = 0) -> Chat:
         """Number `index`; equal for equal numbers, and no two share a prefix or an image."""
         kind = self.kinds[0]
@@ -65,18 +71,19 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """TTFT of at most `ttft_s` and so much more for each image, and a mean time per further token."""
+    """TTFT of at most `ttft_s` and so much more for each image or a long prompt, and a mean time per further token."""
 
     ttft_s: float = 1.0
     per_image_s: float = 0.25
     tpot_s: float = 0.040
+    patience_s: Mapping[str, float] = field(default_factory=dict)  # by name of the kind
 
-    def ttft_of(self, num_images: int) -> float:
-        return self.ttft_s + self.per_image_s * num_images
+    def ttft_of(self, kind: str, num_images: int) -> float:
+        return self.ttft_s + self.per_image_s * num_images + self.patience_s.get(kind, 0.0)
 
     def holds(self, record: Record, slow: float) -> bool:
         """Of a request that succeeded, or that was cut off after its first token."""
-        slo = Slo(ttft=slow * self.ttft_of(record.num_images), tpot=slow * self.tpot_s)
+        slo = Slo(ttft=slow * self.ttft_of(record.kind, record.num_images), tpot=slow * self.tpot_s)
         return slo.holds(record)
 
     def __str__(self) -> str:
@@ -87,6 +94,7 @@ class Promise:
 _TEXT = Kind("text", text_tokens=2000)
 _ONE, _FOUR, _EIGHT = (Kind(f"{number} image{'s' * (number > 1)}", num_images=number) for number in (1, 4, 8))
 _MIXED = (replace(_TEXT, weight=50), replace(_ONE, weight=30), replace(_FOUR, weight=15), replace(_EIGHT, weight=5))
+_BOOK = Kind("book", weight=5, text_tokens=64_000, patience_s=7.0)
 WORKLOADS = {
     each.name: each
     for each in (
@@ -101,7 +109,7 @@ WORKLOADS = {
         Workload("quiet 8 images", (_EIGHT,), 6),
         Workload("quiet mixed", _MIXED, 16),
         # a few whole books among chats: whoever decodes or waits beside one
-        Workload("long prompts", (replace(_TEXT, text_tokens=500, weight=95), Kind("book", weight=5, text_tokens=64_000)), 16),
+        Workload("long prompts", (replace(_TEXT, text_tokens=500, weight=95), _BOOK), 16),
     )
 }
 

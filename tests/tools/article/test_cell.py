@@ -9,7 +9,7 @@ import pytest
 
 from tools.article.cell import cell, sessions_at
 from tools.article.drive import Drive, joining_times
-from tools.article.workloads import Promise
+from tools.article.workloads import Kind, Promise, Workload
 from tools.loadgen.stream import FAILED, OK, Record
 
 PROMISE = Promise(ttft_s=1.0, per_image_s=0.5, tpot_s=0.1)
@@ -75,6 +75,14 @@ def test_images_have_more_time_and_slow_devices_too() -> None:
     assert not PROMISE.holds(record(0.0, 1.9), 1.0)
     assert PROMISE.holds(record(0.0, 1.9, gap_s=0.15), 2.0)
     assert not PROMISE.holds(record(0.0, 0.5, gap_s=0.15), 1.0)
+
+
+def test_who_sends_a_long_prompt_is_patient() -> None:
+    promise = Workload("books", (Kind("book", text_tokens=64_000, patience_s=7.0), Kind("note")), 1).promise(PROMISE)
+    book, note = record(0.0, 7.5), record(0.0, 7.5)
+    book.kind, note.kind = "book", "note"
+    assert promise.holds(book, 1.0)
+    assert not promise.holds(note, 1.0)
 
 
 def test_users_come_by_equal_shares_in_equal_times() -> None:
