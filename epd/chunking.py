@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+_SLACK = 1.25  # prompts of usual length are cut by tokens alone: one step more costs them more than it saves others
 _KEPT = 0.99  # weight of all steps before, with each new one: half of it is gone after 69
 _TRUST = 0.2  # steps of average size that the first guess weighs
 _FARTHEST = 8.0  # what is measured may differ by this factor from the first guess; beyond that, something else was measured
@@ -27,6 +28,10 @@ class ChunkCost:
     def work(self, start: int, num_new: int) -> float:
         """Of the `num_new` tokens after the first `start` of a prompt; never less than `num_new`."""
         return num_new + self.pair * num_pairs(start, num_new)
+
+    def budget(self, num_tokens: int) -> float:
+        """What a step may be for which so many tokens were given: as many at the beginning of a prompt, and a quarter."""
+        return _SLACK * self.work(0, num_tokens)
 
     def num_tokens(self, start: int, work: float) -> int:
         """How many tokens after the first `start` are at most so much work."""

@@ -31,7 +31,7 @@ TIMELINE_HEADER = "x-epd-timeline"
 MAX_TRACE_CHARS = 512  # of a trace header; the standard asks for as much
 BODY_TIMEOUT_S = 60.0  # for a client to send its request
 # Work on a body of up to this size is done at once; on a larger one in a thread, so that running streams do not wait for it.
-_INLINE_BYTES = 64 * 2**10
+_INLINE_BYTES = 8 * 2**10
 
 T = TypeVar("T")
 

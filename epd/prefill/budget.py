@@ -1,8 +1,8 @@
 """How long a prefill step is, and how that is shared among the requests that can run.
 
-A budget is given in tokens and means the time that so many take at the beginning of a prompt: deep in a long one, where every
-token attends to many, a step has fewer (`epd.chunking`). So whoever waits for a step to end, to decode or to be prefilled, waits
-about equally long whatever prompts are there.
+A budget is given in tokens and means the time that so many take at the beginning of a prompt, and a quarter more: deep in a long
+one, where every token attends to many, a step has fewer (`epd.chunking`). So whoever waits for a step to end, to decode or to be
+prefilled, waits about equally long whatever prompts are there.
 
 Half of every budget belongs to the oldest, all that is left goes by least work left: short prompts pass long ones, and no prompt
 makes less than half of the speed that it would have alone.
@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from epd.chunking import ChunkCost, StepCosts, num_pairs
 from epd.prefill.config import PrefillConfig
 from epd.prefill.request import PrefillChunk, PrefillPlan, PrefillRequest
-
 
 class StepBudget:
     """The budget of a worker's prefill steps. It learns what they cost from those that come back."""
@@ -51,7 +50,7 @@ class _Step:
         self._config = config
         self._cost = cost
         self._tokens_left = tokens
-        self._work_left = cost.work(0, tokens)
+        self._work_left = cost.budget(tokens)
         self._ends: dict[PrefillRequest, int] = {}
 
     def extend(self, request: PrefillRequest, share: float = 1.0) -> None:

@@ -55,7 +55,7 @@ def chunk_cost(profile: Profile, chunk_tokens: int) -> ChunkCost:
 @lru_cache
 def _chunks(cost: ChunkCost, num_tokens: int, chunk_tokens: int) -> tuple[tuple[int, int], ...]:
     """(start, tokens) of each chunk of a prompt, cut to take equal time."""
-    work = cost.work(0, chunk_tokens)
+    work = cost.budget(chunk_tokens)
     chunks: list[tuple[int, int]] = []
     start = 0
     while start < num_tokens:

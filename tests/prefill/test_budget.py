@@ -40,9 +40,9 @@ def test_chunks_of_a_long_prompt_shrink_and_take_equal_time() -> None:
         sizes.append(chunk.num_new)
         works.append(cost.work(chunk.start, chunk.num_new))
         request.num_scheduled_tokens = chunk.end
-    assert sizes[:4] == [512, 368, 304, 272]
-    assert sizes[-2] == 64
-    whole = cost.work(0, 512)
+    assert sizes[:4] == [512, 448, 368, 320]
+    assert sizes[-2] == 80
+    whole = cost.budget(512)
     assert max(works) <= whole
     assert all(work > whole - cost.work(7900, 16) for work in works[:-1])  # less than a block short
 
@@ -51,7 +51,7 @@ def test_a_step_deep_in_a_prompt_has_less_room_for_others_too() -> None:
     budget = _budget(1 / 1000)
     deep, short = _request(0, 20_000, done=8992), _request(1, 2000)
     sizes = _sizes(budget, deep, short)
-    assert sizes == {"r0": 32, "r1": 272}  # each about half of the time of 512 tokens
+    assert sizes == {"r0": 32, "r1": 400}  # each about half of the time
     assert _sizes(_budget(0.0), deep, short) == {"r0": 256, "r1": 256}
 
 
@@ -69,8 +69,8 @@ def test_steps_that_come_back_change_the_next_ones() -> None:
         (chunk,) = step
         budget.took(PrefillPlan(step), 1e-5 * ChunkCost(5e-4).work(chunk.start, chunk.num_new))
     after = _sizes(budget, request)["r0"]
-    assert ChunkCost(1e-4).work(50_000, before) == pytest.approx(512, rel=0.1)
-    assert ChunkCost(5e-4).work(50_000, after) == pytest.approx(512, rel=0.3)
+    assert ChunkCost(1e-4).work(50_000, before) == pytest.approx(1.25 * 512, rel=0.1)
+    assert ChunkCost(5e-4).work(50_000, after) == pytest.approx(1.25 * 512, rel=0.3)
 
 
 @given(
@@ -91,4 +91,4 @@ def test_no_limit_is_passed_and_the_oldest_always_moves(
     assert all(0 < each.num_new <= chunk for each in chunks)
     cost = ChunkCost(pair)
     others = sum(cost.work(each.start, each.num_new) for each in chunks if each.request is not requests[0])
-    assert others <= cost.work(0, tokens) + 1e-3
+    assert others <= cost.budget(tokens) + 1e-3

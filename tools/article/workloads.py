@@ -94,7 +94,7 @@ class Promise:
 _TEXT = Kind("text", text_tokens=2000)
 _ONE, _FOUR, _EIGHT = (Kind(f"{number} image{'s' * (number > 1)}", num_images=number) for number in (1, 4, 8))
 _MIXED = (replace(_TEXT, weight=50), replace(_ONE, weight=30), replace(_FOUR, weight=15), replace(_EIGHT, weight=5))
-_BOOK = Kind("book", weight=5, text_tokens=64_000, patience_s=7.0)
+_BOOK = Kind("book", weight=5, text_tokens=32_000, patience_s=3.0)
 WORKLOADS = {
     each.name: each
     for each in (
