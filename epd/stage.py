@@ -45,6 +45,7 @@ class StageActor(Actor):
         self.spread = Spreads()
         self.is_draining = False
         self.is_clean = True
+        self.neighbours: tuple[StageActor, ...] = ()  # stages that take blocks from the same pool
         self._wake = asyncio.Event()
         self._went_idle = asyncio.Event()
         self._log = Log(self.role)
@@ -56,6 +57,12 @@ class StageActor(Actor):
     def wake(self) -> None:
         """There may be something to do."""
         self._wake.set()
+
+    def freed(self) -> None:
+        """Blocks may have come back to the pool: whoever waits for some may go on."""
+        self.wake()
+        for neighbour in self.neighbours:
+            neighbour.wake()
 
     async def idle(self) -> None:
         """Wait until nothing runs, waits or is leased. Its bound is the caller's."""

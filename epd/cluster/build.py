@@ -61,13 +61,16 @@ class StageParts:
         if self.kv_memory is None:
             return actors
         kv_blocks = BlockPool(self.sizes.num_kv_blocks)
-        shares_pool = {"prefill", "decode"} <= set(self.config.roles)
-        decode_scheduler = self._decode_scheduler(kv_blocks) if "decode" in self.config.roles else None
-        if "prefill" in self.config.roles:
-            actors.append(self._prefill(system, clock, kv_blocks, decode_scheduler, local))
-        if decode_scheduler is not None:
-            actors.append(self._decode(system, clock, kv_blocks, decode_scheduler, local, shares_pool=shares_pool))
-        return actors
+        prefill = self._prefill_scheduler(kv_blocks) if "prefill" in self.config.roles else None
+        decode = self._decode_scheduler(kv_blocks) if "decode" in self.config.roles else None
+        users: list[StageActor] = []
+        if prefill is not None:
+            users.append(self._prefill(system, clock, kv_blocks, prefill, decode, local))
+        if decode is not None:
+            users.append(self._decode(system, clock, kv_blocks, decode, prefill, local))
+        for user in users:
+            user.neighbours = tuple(other for other in users if other is not user)
+        return [*actors, *users]
 
     def _encode(self, system: System, clock: Clock) -> EncodeActor:
         assert self.embedding_memory is not None
@@ -87,14 +90,9 @@ class StageParts:
             clock=clock,
         )
 
-    def _prefill(
-        self, system: System, clock: Clock, blocks: BlockPool, decode: DecodeScheduler | None, local: list[Pool]
-    ) -> PrefillActor:
-        assert self.kv_memory is not None
+    def _prefill_scheduler(self, blocks: BlockPool) -> PrefillScheduler:
         engine = self.config.engine
-        receiver = self._receiver(system, "prefill transfer", local, clock)
-        reads = self.stack.backend.open_stream("prefill reads")  # checksums, and blocks for sockets
-        scheduler = PrefillScheduler(
+        return PrefillScheduler(
             PrefillConfig(
                 block_size=engine.block_size,
                 token_budget=engine.token_budget,
@@ -108,6 +106,19 @@ class StageParts:
             ),
             blocks,
         )
+
+    def _prefill(
+        self,
+        system: System,
+        clock: Clock,
+        blocks: BlockPool,
+        scheduler: PrefillScheduler,
+        decode: DecodeScheduler | None,
+        local: list[Pool],
+    ) -> PrefillActor:
+        assert self.kv_memory is not None
+        receiver = self._receiver(system, "prefill transfer", local, clock)
+        reads = self.stack.backend.open_stream("prefill reads")  # checksums, and blocks for sockets
         return PrefillActor(
             scheduler=scheduler,
             blocks=blocks,
@@ -126,7 +137,7 @@ class StageParts:
             stream=self.streams["prefill"],
             checksum_stream=reads,
             merge_size=self._merge_size,
-            lease_s=engine.lease_s,
+            lease_s=self.config.engine.lease_s,
             num_beside=(lambda: decode.num_running) if decode is not None else (lambda: 0),
             clock=clock,
         )
@@ -145,7 +156,13 @@ class StageParts:
         )
 
     def _decode(
-        self, system: System, clock: Clock, blocks: BlockPool, scheduler: DecodeScheduler, local: list[Pool], *, shares_pool: bool
+        self,
+        system: System,
+        clock: Clock,
+        blocks: BlockPool,
+        scheduler: DecodeScheduler,
+        prefill: PrefillScheduler | None,
+        local: list[Pool],
     ) -> DecodeActor:
         assert self.kv_memory is not None
         engine = self.config.engine
@@ -158,7 +175,8 @@ class StageParts:
             stream=self.streams["decode"],
             block_size=engine.block_size,
             merge_size=self._merge_size,
-            shares_pool=shares_pool,
+            shares_pool=prefill is not None,
+            num_blocks_short=prefill.num_blocks_short if prefill is not None else lambda now, patience_s: 0,
             clock=clock,
         )
 

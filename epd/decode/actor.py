@@ -9,13 +9,14 @@ Owns: the decode of each request here (`entry.Entry`) and the KV pool's memory. 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from epd.cache.block_pool import BlockPool
 from epd.clock import Clock
 from epd.decode.entry import Entry
 from epd.decode.intake import Adopting, Copying, pull
 from epd.decode.outbox import Outbox
-from epd.decode.request import DecodeOutput, DecodePlan, DecodeRequest, Reservation
+from epd.decode.request import DecodeOutput, DecodePlan, DecodeRequest
 from epd.decode.scheduler import DecodeScheduler
 from epd.errors import Cancelled, DeadlineExceeded, EpdError, InternalError
 from epd.flights import Flights
@@ -29,9 +30,14 @@ from gpu.pool import Pool
 from gpu.stream import Stream
 from protocol.messages import Abort, Decode, Finished, Handoff, LinkLoad, Preempted, RequestId, StageLoad, Token
 
+_PATIENCE_S = 1.0  # of prefill on the same pool, until reservations for prompts computed elsewhere have to give way
+
 
 class DecodeActor(StageActor):
-    """One per decode worker. `shares_pool`: prefill runs in this process on the same pool; from there tables move, not bytes."""
+    """One per decode worker. `shares_pool`: prefill runs in this process on the same pool; from there tables move, not bytes.
+
+    `num_blocks_short(now, patience_s)`: how many blocks that prefill lacks, if it has lacked them for longer than that.
+    """
 
     role = "decode"
 
@@ -47,9 +53,11 @@ class DecodeActor(StageActor):
         block_size: int,
         merge_size: int,
         shares_pool: bool,
+        num_blocks_short: Callable[[float, float], int] = lambda now, patience_s: 0,
         clock: Clock,
     ) -> None:
         super().__init__(clock=clock)
+        self._num_blocks_short = num_blocks_short
         self._scheduler = scheduler
         self._blocks = blocks
         self._memory = memory
@@ -109,21 +117,42 @@ class DecodeActor(StageActor):
     # --- the way in -------------------------------------------------------------------------------------------------
 
     def _reserve(self) -> None:
+        if self._num_blocks_short(self.clock(), _PATIENCE_S):
+            return  # what gets free is for prefill, which has waited long enough
         for reservation in self._scheduler.reserve():
             entry = self._entries[reservation.request.request_id]
             entry.reserved_at = self.clock()
-            entry.pull = self.spawn(self._copy(entry, reservation), name=f"pull {entry.request.request_id}")
+            entry.copying = Copying(reservation, self._receiver, self._memory)
+            entry.pull = self.spawn(self._copy(entry, entry.copying), name=f"pull {entry.request.request_id}")
 
-    async def _copy(self, entry: Entry, reservation: Reservation) -> None:
+    def _make_way(self, num_blocks: int) -> None:
+        """Reservations whose prefill has not begun elsewhere give way, the latest first, where that lets prefill here go on.
+
+        It may be for each other that they wait: two workers with both stages, each prefilling for the other's decode, whose
+        reservations leave neither a prompt's room. Whoever loses patience first ends that.
+        """
+        unbegun = [entry for entry in self._entries.values() if entry.waits_for_prefill]
+        victims: list[Entry] = []
+        for entry in sorted(unbegun, key=lambda entry: entry.request.order, reverse=True):
+            if num_blocks <= 0:
+                break
+            victims.append(entry)
+            num_blocks -= len(entry.request.block_table) - entry.request.num_cached_blocks
+        if num_blocks <= 0:
+            for entry in victims:
+                self._scheduler.num_preemptions += 1
+                self._send_back(entry)
+
+    async def _copy(self, entry: Entry, copying: Copying) -> None:
         """Pull a request's KV into its reserved blocks, which are not given back before that has ended, one way or another."""
         request = entry.request
         try:
-            handoff = await self._pull(entry, Copying(reservation, self._receiver, self._memory))
+            handoff = await self._pull(entry, copying)
             self._begin(entry, self._scheduler.handoff(request.request_id, handoff.num_tokens, handoff.token), handoff.token)
         except EpdError as error:
             self._fail(entry, error)
         finally:
-            self.wake()
+            self.freed()
 
     async def _adopt(self, entry: Entry) -> None:
         """Take over the blocks that prefill wrote in the pool that both use."""
@@ -138,7 +167,7 @@ class DecodeActor(StageActor):
             self._fail(entry, error)
         finally:
             adopting.give_back()
-            self.wake()
+            self.freed()
 
     async def _pull(self, entry: Entry, taker: Copying | Adopting) -> Handoff:
         request = entry.request
@@ -197,12 +226,14 @@ class DecodeActor(StageActor):
     def _finish(self, entry: Entry) -> None:
         request = entry.request
         self._forget(entry)
+        self.freed()
         spans = self.counted(entry.spans(self.clock()))
         entry.reply.send(Finished(request.request_id, request.epoch, request.num_output_tokens, spans=spans))
 
     def _give_way(self, entry: Entry) -> None:
         request = entry.request
         self._forget(entry)
+        self.freed()
         entry.reply.send(Preempted(request.request_id, request.epoch, request.num_output_tokens))
 
     def _fail_step(self, plan: DecodePlan, error: Exception) -> None:
@@ -230,7 +261,7 @@ class DecodeActor(StageActor):
 
         def free(_: object = None) -> None:
             self._scheduler.abort(entry.request.request_id, entry.request.epoch)
-            self.wake()
+            self.freed()
 
         if entry.pull is None:
             free()
@@ -253,14 +284,18 @@ class DecodeActor(StageActor):
     async def evacuate(self) -> None:
         """Send every request that is here back to its gateway, to go on elsewhere with the same tokens."""
         for entry in list(self._entries.values()):
-            self._forget(entry)
-            entry.reply.send(Preempted(entry.request.request_id, entry.request.epoch, entry.request.num_output_tokens))
-            self._give_back(entry)
+            self._send_back(entry)
+
+    def _send_back(self, entry: Entry) -> None:
+        self._forget(entry)
+        entry.reply.send(Preempted(entry.request.request_id, entry.request.epoch, entry.request.num_output_tokens))
+        self._give_back(entry)
 
     def sweep(self, now: float) -> None:
         overdue = [entry.request for entry in self._entries.values() if entry.request.deadline <= now]
         for request in overdue:
             self._abort(request.request_id, request.epoch, DeadlineExceeded("the request ran out of time in decode"))
+        self._make_way(self._num_blocks_short(now, _PATIENCE_S))
 
     async def stopped(self) -> None:
         await self._flights.settle()

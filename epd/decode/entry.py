@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from epd.decode.intake import Copying
 from epd.decode.request import DecodeRequest, DecodeStep
 from epd.microkernel.actor import Reply
 from epd.step import Int32Array, SampleRequest, SequenceStep
@@ -20,9 +21,15 @@ class Entry:
     reply: Reply
     position_shift: int  # position of a text token after the last image - its index
     pull: asyncio.Task[None] | None = None  # owns the request's blocks until its handoff
+    copying: Copying | None = None  # into blocks reserved for it; None before that, and where they are taken over
     reserved_at: float = 0.0
     running_since: float = 0.0
     table: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))  # block table, grown by whole copies
+
+    @property
+    def waits_for_prefill(self) -> bool:
+        """Whether it holds reserved blocks and nothing has come into them yet."""
+        return self.pull is not None and self.copying is not None and not self.copying.has_begun
 
     @property
     def gateway(self) -> Address:

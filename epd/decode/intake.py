@@ -40,6 +40,11 @@ class Copying:
         self._memory = memory
         self.num_taken = reservation.first_block
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether any of the request's KV has come."""
+        return self.num_taken > self._reservation.first_block
+
     async def take(self, ref: KVRef, source: Endpoint) -> None:
         skip = max(0, self._reservation.first_block - ref.first_block)
         if skip >= len(ref.block_ids):

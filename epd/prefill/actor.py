@@ -98,6 +98,7 @@ class PrefillActor(StageActor):
             case _:
                 if not self._sender.handle(mail, self):
                     raise unexpected(self, mail)
+                self.freed()  # a released lease may have made room
 
     def _add(self, message: Prefill, reply: Reply) -> None:
         self.refuse_if_draining()
@@ -183,9 +184,10 @@ class PrefillActor(StageActor):
             self._forget(entry)
             self._scheduler.release(entry.request.request_id)
             self._handed_over[entry.request.request_id] = hand_over
-            self.wake()
+            self.freed()
         else:  # it failed, or the request was aborted while the last of it was sent
             hand_over.release()
+            self.freed()
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -277,7 +279,7 @@ class PrefillActor(StageActor):
         if entry is not None and entry.request.epoch <= epoch:
             self._scheduler.abort(request_id)
             self._end(entry, error)
-            self.wake()
+            self.freed()
 
     def _end(self, entry: Entry, error: EpdError) -> None:
         """Everybody who waits for the request hears of its end."""

@@ -17,6 +17,7 @@ from epd.chunking import ChunkCost, StepCosts, num_pairs
 from epd.prefill.config import PrefillConfig
 from epd.prefill.request import PrefillChunk, PrefillPlan, PrefillRequest
 
+
 class StepBudget:
     """The budget of a worker's prefill steps. It learns what they cost from those that come back."""
 

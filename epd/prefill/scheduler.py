@@ -13,7 +13,8 @@ Why nothing waits for ever:
    Requests that depend on another worker (an embedding is missing, decode has not reserved its blocks) are "stalled"; all stalled
    ones together are kept from the last `max_model_len` tokens' worth of blocks. So whoever depends on nobody gets its blocks in
    order of arrival, computes, hands over and gives them back, whatever the stalled ones wait for. As decode has its blocks before
-   prefill counts on it, no circle goes through two workers.
+   prefill counts on it, no circle goes through two workers but where decode reserves from the same pool: there, reservations
+   whose prefill elsewhere has not begun give way to who has waited for long here (`num_blocks_short`).
  - Steps. Half of every budget belongs to the oldest request that can run, the rest goes to the one with the least left: short
    prompts pass long ones, and no prompt makes less than half of the speed it would have alone once those before it are done.
  - Prefixes. A request whose next block is being computed by another waits for that block instead of computing it twice; only
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -50,6 +52,15 @@ from epd.prefill.request import (
 from protocol.messages import RequestId, Token
 
 
+@dataclass(frozen=True, slots=True)
+class _Short:
+    """Who is next, has to wait for blocks, and nobody passes."""
+
+    request: PrefillRequest
+    since: float
+    num_blocks: int  # that it lacks
+
+
 class PrefillScheduler:
     """A request is added once and leaves by `release` or `abort`."""
 
@@ -71,6 +82,7 @@ class PrefillScheduler:
         self._suspects: Suspects[PrefillChunk] = Suspects()
         self._chains = Chains()
         self._num_added = 0
+        self._short: _Short | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -228,6 +240,13 @@ class PrefillScheduler:
             self.abort(chunk.request.request_id)
         return tuple(chunk.request for chunk in suspects)
 
+    def num_blocks_short(self, now: float, patience_s: float) -> int:
+        """How many blocks are lacking to go on, if that has been so for longer than that; else 0."""
+        short = self._short
+        if short is None or short.request.state is not PrefillState.WAITING or now < short.since + patience_s:
+            return 0
+        return short.num_blocks
+
     # --- proof ------------------------------------------------------------------------------------------------------
 
     def tables(self) -> list[Sequence[int]]:
@@ -259,6 +278,7 @@ class PrefillScheduler:
 
     def _admit(self, now: float, num_spare_blocks: int) -> tuple[FinishedBlocks, ...]:
         """Give blocks to waiting requests in order of arrival. Who cannot use them yet is passed over and keeps its place."""
+        was_short, self._short = self._short, None
         admitted: list[FinishedBlocks] = []
         num_runnable = sum(request.is_runnable for request in self._running.values())
         num_stalled_blocks = self._num_stalled_blocks()
@@ -273,7 +293,10 @@ class PrefillScheduler:
                 continue
             if is_stalled and num_stalled_blocks + num_blocks > self._max_stalled_blocks:
                 continue
-            if num_blocks - cached.num_blocks > self._pool.num_free - cached.num_evictable - num_spare_blocks:
+            num_lacking = num_blocks - cached.num_blocks - (self._pool.num_free - cached.num_evictable - num_spare_blocks)
+            if num_lacking > 0:
+                since = was_short.since if was_short is not None and was_short.request is request else now
+                self._short = _Short(request, since, num_lacking)
                 break
             self._start(request, now)
             num_runnable += 1

@@ -27,6 +27,7 @@ from epd.prefill.actor import PrefillActor
 from epd.prefill.config import PrefillConfig
 from epd.prefill.embeddings import EmbeddingFetcher
 from epd.prefill.scheduler import PrefillScheduler
+from epd.stage import StageActor
 from epd.step import PENDING, FloatArray, ImageInput, SequenceStep, StepOutput, StepPlan
 from epd.transfer.receiver import Receiver
 from epd.transfer.sender import Sender
@@ -203,7 +204,17 @@ class Shared:
 
     memory: HostPool
     blocks: BlockPool
+    prefill: list[PrefillScheduler] = field(default_factory=list)
     decode: list[DecodeScheduler] = field(default_factory=list)
+    actors: list[StageActor] = field(default_factory=list)
+
+    def num_blocks_short(self, now: float, patience_s: float) -> int:
+        return sum(prefill.num_blocks_short(now, patience_s) for prefill in self.prefill)
+
+    def enter(self, actor: StageActor) -> None:
+        self.actors.append(actor)
+        for each in self.actors:
+            each.neighbours = tuple(other for other in self.actors if other is not each)
 
 
 def shared_pool(backend: CpuBackend, *, num_blocks: int = 32) -> Shared:
@@ -254,6 +265,9 @@ async def add_prefill(
         num_beside=lambda: sum(decode.num_running for decode in shared.decode) if shared else 0,
         clock=clock,
     )
+    if shared:
+        shared.prefill.append(scheduler)
+        shared.enter(actor)
     await system.register("prefill", actor)
     return PrefillStage(actor, runner, scheduler, blocks, memory)
 
@@ -287,8 +301,11 @@ async def add_decode(
         block_size=BLOCK_SIZE,
         merge_size=1,
         shares_pool=shared is not None,
+        num_blocks_short=shared.num_blocks_short if shared else lambda now, patience_s: 0,
         clock=clock,
     )
+    if shared:
+        shared.enter(actor)
     await system.register("decode", actor)
     return DecodeStage(actor, runner, scheduler, blocks, memory)
 
