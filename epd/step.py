@@ -58,8 +58,10 @@ class SampleRequest:
     sampling: Sampling
     prompt_token_ids: Int32Array  # for the repetition penalty
     # What was generated so far; the new token is number len(output_token_ids). The last one may be PENDING, but never where a
-    # repetition, frequency or presence penalty needs to know it.
+    # guide or a repetition, frequency or presence penalty needs to know it.
     output_token_ids: Int32Array
+    # [ceil(vocab_size / 32)] bit i of number j: token 32 j + i may be drawn. The runner fills it in for guided requests.
+    allowed: Int32Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

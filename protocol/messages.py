@@ -61,6 +61,7 @@ class Sampling(Part, frozen=True):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    guide: str = ""  # a grammar that the output follows, as llguidance spells it; empty: none
 
 
 class MMItem(Part, frozen=True):

@@ -10,6 +10,7 @@ from epd.cluster.stack import Report
 from epd.config import ServeConfig
 from epd.errors import InternalError
 from epd.model.config import ModelConfig
+from epd.model.guides import Guides, GuideVocabulary
 from epd.model.runner import TextModelRunner, VisionModelRunner
 from epd.model.text import TextModel
 from epd.model.vision import VisionModel
@@ -32,6 +33,7 @@ class CpuStack:
         self._model = model
         self._text: TextModel | None = None
         self._vision: VisionModel | None = None
+        self._vocabulary: GuideVocabulary | None = None
 
     def decide(self, roles: Collection[str]) -> Sizes:
         memory = DeviceMemory.of_host(self.backend.memory_budget())
@@ -45,6 +47,7 @@ class CpuStack:
         if {"prefill", "decode"} & set(roles):
             report("loading the language model")
             self._text = TextModel(model, load_text_weights(model, self._folder, config.load_format))
+            self._vocabulary = GuideVocabulary(model, self._folder)
 
     def stage_stream(self, stage: str) -> Stream:
         return self.backend.open_stream(stage)
@@ -57,11 +60,17 @@ class CpuStack:
         )
 
     def text_runner(self, kv: Pool, stage: str, stream: Stream, report: Report) -> TextModelRunner:
-        if self._text is None:
+        if self._text is None or self._vocabulary is None:
             raise InternalError("the language model has not been loaded")
         warm_up(lambda name, done, total: report(f"compiling kernels: {name} ({done + 1} of {total})") if name else None)
         return TextModelRunner(
-            self._model, self._text, self.backend, kv, self._config.engine.block_size, self._config.num_threads
+            self._model,
+            self._text,
+            self.backend,
+            kv,
+            self._config.engine.block_size,
+            self._config.num_threads,
+            Guides(self._vocabulary),
         )
 
     def open_meter(self) -> Meter:

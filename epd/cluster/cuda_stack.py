@@ -15,6 +15,7 @@ from epd.model.device.runner import DeviceTextRunner
 from epd.model.device.text import DeviceTextModel
 from epd.model.device.vision import DeviceVisionModel
 from epd.model.device.vision_runner import DeviceVisionRunner
+from epd.model.guides import Guides, GuideVocabulary
 from epd.model.weights import Placement, load_text_weights, load_vision_weights
 from gpu.cuda.backend import CudaBackend
 from gpu.cuda.pool import CudaPool
@@ -40,6 +41,7 @@ class CudaStack:
         self._sizes: Sizes | None = None
         self._text: DeviceTextModel | None = None
         self._vision: DeviceVisionModel | None = None
+        self._vocabulary: GuideVocabulary | None = None
 
     def decide(self, roles: Collection[str]) -> Sizes:
         memory = DeviceMemory(
@@ -65,6 +67,7 @@ class CudaStack:
             report("loading the language model")
             weights = load_text_weights(model, self._folder, config.load_format, placement=placement)
             self._text = DeviceTextModel(model, weights, self.backend.kernels, device, dtype)
+            self._vocabulary = GuideVocabulary(model, self._folder)
 
     def stage_stream(self, stage: str) -> Stream:
         return self.backend.open_stream(stage, priority=_PRIORITIES[stage])
@@ -80,7 +83,7 @@ class CudaStack:
         return runner
 
     def text_runner(self, kv: Pool, stage: str, stream: Stream, report: Report) -> DeviceTextRunner:
-        if self._text is None or self._sizes is None:
+        if self._text is None or self._sizes is None or self._vocabulary is None:
             raise InternalError("the language model has not been loaded")
         engine = self._config.engine
         runner = DeviceTextRunner(
@@ -91,6 +94,7 @@ class CudaStack:
             max_tokens=engine.token_budget if stage == "prefill" else 1,
             # A prompt's step is seldom of single tokens, and graphs hold memory for the largest.
             graphs=GraphOptions() if stage == "decode" else GraphOptions(max_batch=0),
+            guides=Guides(self._vocabulary),
         )
         report(f"compiling kernels and capturing graphs of {stage}")
         stream.submit(runner.prepare).result()

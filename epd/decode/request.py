@@ -60,7 +60,9 @@ class DecodeRequest:
     def needs_history(self) -> bool:
         """Whether drawing a token takes knowing all tokens before it, the last one included."""
         sampling = self.sampling
-        return bool(sampling.repetition_penalty != 1.0 or sampling.frequency_penalty or sampling.presence_penalty)
+        return bool(
+            sampling.repetition_penalty != 1.0 or sampling.frequency_penalty or sampling.presence_penalty or sampling.guide
+        )
 
     @property
     def prompt_token_ids(self) -> Int32Array:

@@ -35,6 +35,8 @@ class EmulatedTextRunner:
         self._last: dict[RequestId, int] = {}  # what the step before drew
 
     def execute(self, plan: StepPlan) -> Deferred[StepOutput]:
+        if any(sequence.sample is not None and sequence.sample.sampling.guide for sequence in plan.sequences):
+            raise ValueError("an emulated device has no logits to guide")
         work = self._device.launch(Work(self._stage, text=work_of(plan)))
         tokens = self._compute(plan)
         return _Finished(work, StepOutput(tokens, 0.0))

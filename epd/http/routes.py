@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import msgspec
@@ -17,6 +17,7 @@ from aiohttp import web
 from epd.config import HttpConfig
 from epd.errors import BadRequest, BodyTooLarge, UnknownModel
 from epd.gateway.engine import Engine
+from epd.gateway.guide import grammar_of
 from epd.gateway.prompt import Prompt, Prompter
 from epd.http.answer import Answer
 from epd.http.chunks import ChatFormat, CompletionFormat, Format, Identity
@@ -109,7 +110,7 @@ class OpenAIRoutes:
     # --- answers ----------------------------------------------------------------------------------------------------
 
     async def _chat_answer(self, call: ChatCall, size: int, arrival: _Arrival) -> Answer:
-        options = call.options
+        options = await self._guided(call.options)
         with _timed(arrival.timeline, "fetch"):
             images = await self._fetch(call)
         size += sum(map(len, images))
@@ -123,12 +124,20 @@ class OpenAIRoutes:
         return self._answer(identity, [prompt], options, form, arrival)
 
     async def _completion_answer(self, call: CompletionCall, size: int, arrival: _Arrival) -> Answer:
-        options = call.options
+        options = await self._guided(call.options)
         with _timed(arrival.timeline, "tokenize"):
             prompts = await self._run(size, lambda: [self._prompter.completion(prompt) for prompt in call.prompts])
         identity = self._identity("cmpl")
         form = CompletionFormat(identity, include_usage=options.include_usage, num_logprobs=options.sampling.num_logprobs)
         return self._answer(identity, prompts, options, form, arrival)
+
+    async def _guided(self, options: Options) -> Options:
+        """With the grammar of what was asked for, made in a thread: a schema may hold much in few bytes."""
+        guide = options.guide
+        if guide is None:
+            return options
+        grammar = await asyncio.get_running_loop().run_in_executor(self._pool, grammar_of, guide)
+        return replace(options, sampling=msgspec.structs.replace(options.sampling, guide=grammar))
 
     def _answer(self, identity: Identity, prompts: list[Prompt], options: Options, form: Format, arrival: _Arrival) -> Answer:
         requests = [

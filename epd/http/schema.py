@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from epd.errors import BadRequest, Unsupported
+from epd.gateway.guide import Guide
 from epd.http.fields import Fields, kind, shown
+from epd.http.guide import parse_guide
 from protocol.messages import Sampling
 
 MAX_CHOICES = 128
@@ -50,7 +52,6 @@ _NEUTRAL_CHAT: Mapping[str, Sequence[object]] = {
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),  # says something about tools, of which there are none
     "prompt_cache_retention": ("in_memory",),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": ("medium",),
@@ -58,7 +59,6 @@ _NEUTRAL_CHAT: Mapping[str, Sequence[object]] = {
 _NEUTRAL_COMPLETION: Mapping[str, Sequence[object]] = {
     **_NEUTRAL,
     "echo": (False,),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
 }
 _NEUTRAL_MESSAGE: Mapping[str, Sequence[object]] = {"tool_calls": ([],), "annotations": ([],)}
@@ -94,6 +94,7 @@ class Options:
     stream: bool
     include_usage: bool
     has_seed: bool
+    guide: Guide | None  # still to be made into `sampling.guide`
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +172,9 @@ def _options(fields: Fields, limits: Limits, *, num_logprobs: int, is_chat: bool
         logit_bias=_logit_bias(fields, limits.vocab_size),
     )
     stop = _stop(fields)
+    guide = parse_guide(fields, ignore_eos=sampling.ignore_eos)
     _needs_no_action(fields)
-    return Options(model, sampling, max_tokens, max_tokens_param, n, stop, stream, include_usage, seed is not None)
+    return Options(model, sampling, max_tokens, max_tokens_param, n, stop, stream, include_usage, seed is not None, guide)
 
 
 def _max_tokens(fields: Fields, *, is_chat: bool) -> tuple[int | None, str]:

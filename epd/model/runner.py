@@ -17,6 +17,7 @@ import torch
 from epd.errors import BadConfig, BadImage
 from epd.model.batch import fill_in, make_batch
 from epd.model.config import ModelConfig
+from epd.model.guides import Guides, restricted
 from epd.model.preprocess import Grid, preprocess
 from epd.model.sampler import sample
 from epd.model.text import Buffers, TextModel
@@ -43,8 +44,12 @@ class TextModelRunner:
         kv_pool: Pool,
         block_size: int,
         num_threads: int = 1,
+        guides: Guides | None = None,
     ) -> None:
-        """`weights`: the text role's, or another runner's `model`, to share one copy. BadConfig for a pool of other blocks."""
+        """`weights`: the text role's, or another runner's `model`, to share one copy. BadConfig for a pool of other blocks.
+
+        Without `guides`, steps with a guided request fail.
+        """
         _require_cpu(backend)
         if kv_pool.layout != config.kv_layout(block_size, backend.block_format):
             raise BadConfig(f"the KV pool's blocks are not those of this model with {block_size} tokens a block")
@@ -53,6 +58,7 @@ class TextModelRunner:
         self._block_size = block_size
         self._buffers = Buffers(config.text)
         self._drawn: dict[RequestId, int] = {}  # by the last step
+        self._guides = guides
         self._threads = _Threads(num_threads)
         self._team = Team(num_threads) if num_threads > 1 else None
 
@@ -62,7 +68,7 @@ class TextModelRunner:
         drawn, self._drawn = self._drawn, {}
         logits, places = self._forward(fill_in(plan, drawn))
         tokens: list[Token | None] = [None] * len(plan.sequences)
-        requests = [request for i in places if (request := plan.sequences[i].sample) is not None]
+        requests = restricted(self._guides, [plan.sequences[i] for i in places])
         for i, token in zip(places, sample(logits, requests), strict=True):
             tokens[i] = token
             self._drawn[plan.sequences[i].request_id] = token.token_id

@@ -1,4 +1,4 @@
-"""From logits to tokens: all of `Sampling`, in the order penalties, bias, temperature, top_k, top_p, min_p, draw.
+"""From logits to tokens: all of `Sampling`, in the order penalties, bias, guide, temperature, top_k, top_p, min_p, draw.
 
 The draw of output token number n is a function of (seed, n) and the logits, not of a generator's state: a request that moves to
 another worker, or is prefilled again, goes on with the same tokens. Log probabilities are the model's own, before any of this.
@@ -25,7 +25,7 @@ _NUM_BUCKETS, _BUCKETS_PER_UNIT = 2048, 64.0  # down to e**-32 of the likeliest;
 
 
 def sample(logits: FloatArray, requests: Sequence[SampleRequest]) -> list[Token]:
-    """One token per row of logits [num_requests, vocab_size], which are overwritten where penalties or a bias apply."""
+    """One token per row of logits [num_requests, vocab_size], which are overwritten where penalties, a bias or a guide apply."""
     if all(_is_plain(request.sampling) for request in requests):
         return [Token(token_id) for token_id in logits.argmax(axis=1).tolist()]
     return [_sample_row(row, request) for row, request in zip(logits, requests, strict=True)]
@@ -49,7 +49,11 @@ def _is_plain(sampling: Sampling) -> bool:
 
 def changes_logits(sampling: Sampling) -> bool:
     return bool(
-        sampling.repetition_penalty != 1.0 or sampling.frequency_penalty or sampling.presence_penalty or sampling.logit_bias
+        sampling.repetition_penalty != 1.0
+        or sampling.frequency_penalty
+        or sampling.presence_penalty
+        or sampling.logit_bias
+        or sampling.guide
     )
 
 
@@ -68,7 +72,7 @@ def _sample_row(row: FloatArray, request: SampleRequest) -> Token:
 
 
 def _penalize(row: FloatArray, request: SampleRequest) -> None:
-    """Repetition over prompt and output (Keskar et al., arXiv 1909.05858); frequency and presence over output; the bias."""
+    """Repetition over prompt and output (Keskar et al., arXiv 1909.05858); frequency and presence over output; bias; guide."""
     sampling = request.sampling
     if sampling.repetition_penalty != 1.0:
         seen = np.unique(np.concatenate([request.prompt_token_ids, request.output_token_ids]))
@@ -79,6 +83,9 @@ def _penalize(row: FloatArray, request: SampleRequest) -> None:
         row[seen] -= np.float32(sampling.frequency_penalty) * counts.astype(np.float32) + np.float32(sampling.presence_penalty)
     for token_id, bias in sampling.logit_bias:
         row[token_id] += np.float32(bias)
+    if request.allowed is not None:
+        bits = np.unpackbits(request.allowed.view(np.uint8), count=len(row), bitorder="little")
+        row[bits == 0] = -np.inf
 
 
 def _draw(row: FloatArray, sampling: Sampling, noise: float) -> int:

@@ -1,4 +1,4 @@
-"""Thirty-two requests that differ in everything a request can differ in, and a client that keeps what an answer says.
+"""Thirty-six requests that differ in everything a request can differ in, and a client that keeps what an answer says.
 
 The prompts hold shapes and numbers, which the bundled model knows, but nothing here depends on what it says about them.
 """
@@ -137,9 +137,48 @@ def cases() -> tuple[Case, ...]:
         Case(
             "four prompts", {"model": MODEL_NAME, "prompt": ["1, 2", "a red", "I", "I"], "logprobs": 3, **options}, "completions"
         ),
+        Case("a JSON schema", chat(_ASK[3], [17, 18], max_tokens=120, logprobs=True, response_format=json_of(SHAPES))),
+        Case(
+            "seeded, a JSON schema, two choices",
+            chat(_ASK[0], [19], max_tokens=40, temperature=1.2, seed=5, n=2, response_format=json_of(SHAPES)),
+        ),
+        Case(
+            "seeded, a regular expression",
+            chat("Count.", max_tokens=60, temperature=1.5, seed=6, structured_outputs={"regex": "([0-9]{1,3}, ){9}[a-z]+"}),
+        ),
+        Case(
+            "choices, a penalty",
+            chat("Who?", max_tokens=30, repetition_penalty=1.2, structured_outputs={"choice": ["nobody", "not he, she", "no"]}),
+        ),
     ]
-    assert len(found) == 32, len(found)
+    assert len(found) == 36, len(found)
     return tuple(found)
+
+
+SHAPES = {
+    "type": "object",
+    "properties": {
+        "shapes": {
+            "type": "array",
+            "minItems": 2,
+            "maxItems": 3,
+            "items": {
+                "type": "object",
+                "properties": {"colour": {"enum": list(COLOURS)}, "width": {"type": "integer", "minimum": 1, "maximum": 99}},
+                "required": ["colour", "width"],
+                "additionalProperties": False,
+            },
+        },
+        "text": {"type": "string", "maxLength": 12},
+    },
+    "required": ["shapes", "text"],
+    "additionalProperties": False,
+}
+
+
+def json_of(schema: dict[str, Any]) -> dict[str, Any]:
+    """As OpenAI's `response_format` asks for it."""
+    return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
 
 
 def _interleaved() -> dict[str, Any]:

@@ -38,9 +38,15 @@ from tests.support.cluster import (
 )
 
 # Long streams, so that there is a middle; short chunks, so that prefill takes a while.
-WAYS: list[dict[str, Any]] = [{}, {"temperature": 1.2, "seed": 5}, {}, {"temperature": 0.9, "seed": 6, "top_p": 0.9}]
+SENTENCES = {"ignore_eos": False, "structured_outputs": {"regex": r"([a-z ]{20,40}\. ){80}"}}
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.2, "seed": 5},
+    {"temperature": 1.1, "seed": 7, **SENTENCES},
+    {"temperature": 0.9, "seed": 6, "top_p": 0.9},
+]
 LONG = [
-    Case(f"stream {number}", chat(f"Count from {number} to 120.", max_tokens=500, ignore_eos=True, **way))
+    Case(f"stream {number}", chat(f"Count from {number} to 120.", **{"max_tokens": 500, "ignore_eos": True, **way}))
     for number, way in enumerate(WAYS * 2)
 ]
 PROMPTS = [Case(f"prompt {number}", chat(counting(number * 37, 90), max_tokens=40, ignore_eos=True)) for number in range(10)]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 from PIL import Image, ImageDraw
 
@@ -120,6 +123,40 @@ def test_a_bias_and_penalties_change_what_is_drawn(client: openai.OpenAI) -> Non
     free = _count(client, max_tokens=40, extra_body=endless)
     varied = _count(client, max_tokens=40, extra_body={**endless, "repetition_penalty": 1.9})
     assert varied.choices[0].message.content != free.choices[0].message.content
+
+
+class Shape(pydantic.BaseModel):
+    colour: Literal["red", "blue"]
+    corner: Literal["top left", "bottom right"]
+
+
+def test_an_answer_in_the_form_of_a_class(client: openai.OpenAI) -> None:
+    for colour in ("red", "blue"):
+        messages = _ask(_picture(colour), "What is in this image?")
+        answer = client.chat.completions.parse(model=MODEL_NAME, messages=messages, temperature=0, response_format=Shape)
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.choices[0].message.parsed is not None
+
+
+def test_a_form_is_kept_to_while_it_streams(client: openai.OpenAI) -> None:
+    chunks = _count(
+        client,
+        stream=True,
+        temperature=1.5,
+        seed=3,
+        n=2,
+        max_tokens=300,
+        extra_body={"structured_outputs": {"regex": "[0-9]{3}(, [0-9]{3}){4}"}},
+    )
+    said = {0: "", 1: ""}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            said[choice.index] += choice.delta.content or ""
+    assert said[0] != said[1]
+    for text in said.values():
+        assert re.fullmatch(r"\d{3}(, \d{3}){4}", text)
+    (choice,) = _count(client, temperature=1.0, response_format={"type": "json_object"}, max_tokens=400, seed=4).choices
+    assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content), dict)
 
 
 def test_raw_completions(client: openai.OpenAI) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -112,6 +112,14 @@ def test_images_are_part_of_what_is_said(bench: Bench) -> None:
     np.testing.assert_array_equal(scratch.rows(1)[:3], embedding_rows("cat", 3))
     (token,) = bench.step(_sequence([5, 0, 0, 0, 6], 0, [1, 2], seed=3, embeddings=(EmbeddingSpan(1, scratch.rows(1)[:3]),)))
     assert [token] == expected_tokens([5, 0, 0, 0, 6], 1, seed=3, images=[(1, "cat", 3)])
+
+
+def test_there_is_nothing_to_guide(bench: Bench) -> None:
+    sequence = _sequence([5], 0, [0], seed=1)
+    assert sequence.sample is not None
+    guided = replace(sequence.sample, sampling=Sampling(guide="g"))
+    with pytest.raises(ValueError, match="no logits"):
+        bench.runner.execute(StepPlan((replace(sequence, sample=guided),)))
 
 
 def test_results_wait_for_the_device_and_the_next_call_does_not(bench: Bench) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epd.errors import BadRequest
+from epd.gateway.guide import Guide
 from epd.http.errors import error_body
 from epd.http.routes import parse_json
 from epd.http.schema import Limits, parse_chat, parse_completion
@@ -27,6 +28,10 @@ def message(**fields: Any) -> dict[str, Any]:
 
 def part(**fields: Any) -> dict[str, Any]:
     return message(content=[fields])
+
+
+def json_schema(**fields: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": fields}
 
 
 def completion(**fields: Any) -> dict[str, Any]:
@@ -123,7 +128,25 @@ BAD_CHATS: list[tuple[object, str, str]] = [
     (chat(max_tokens=1, max_completion_tokens=2), "max_tokens", "send one of them"),
     (chat(tools=[{"type": "function"}]), "tools", "not supported beyond []"),
     (chat(tool_choice="required"), "tool_choice", "not supported"),
-    (chat(response_format={"type": "json_object"}), "response_format", "not supported"),
+    (chat(response_format="json"), "response_format", "must be a JSON object"),
+    (chat(response_format={}), "response_format.type", "required"),
+    (chat(response_format={"type": "yaml"}), "response_format.type", '"json_object" or "json_schema"'),
+    (chat(response_format={"type": "json_object", "schema": {}}), "response_format.schema", "not supported"),
+    (chat(response_format={"type": "json_schema"}), "response_format.json_schema", "required"),
+    (chat(response_format=json_schema(name="n")), "response_format.json_schema.schema", "required"),
+    (chat(response_format=json_schema(schema=[])), "response_format.json_schema.schema", "must be an object"),
+    (chat(response_format=json_schema(schema={}, strict="yes")), "response_format.json_schema.strict", "true or false"),
+    (chat(response_format=json_schema(schema={}, examples=[])), "response_format.json_schema.examples", "not supported"),
+    (chat(structured_outputs={}), "structured_outputs", "one of json, regex, choice"),
+    (chat(structured_outputs={"regex": "a", "choice": ["a"]}), "structured_outputs", "one of json, regex, choice"),
+    (chat(structured_outputs={"grammar": "a"}), "structured_outputs.grammar", "not supported"),
+    (chat(structured_outputs={"regex": ""}), "structured_outputs.regex", "a regular expression"),
+    (chat(structured_outputs={"json": "{"}), "structured_outputs.json", "no JSON"),
+    (chat(structured_outputs={"json": 3}), "structured_outputs.json", "must be an object"),
+    (chat(structured_outputs={"choice": []}), "structured_outputs.choice", "non-empty"),
+    (chat(structured_outputs={"choice": ["a", 1]}), "structured_outputs.choice", "strings"),
+    (chat(structured_outputs={"regex": "a"}, ignore_eos=True), "ignore_eos", "must be false"),
+    (chat(structured_outputs={"regex": "a"}, response_format={"type": "json_object"}), "structured_outputs.regex", "both"),
     (chat(reasoning_effort="low"), "reasoning_effort", "not supported"),
     (chat(verbosity="high"), "verbosity", "not supported"),
     (chat(modalities=["text", "audio"]), "modalities", "not supported"),
@@ -205,6 +228,36 @@ def test_what_asks_for_nothing_is_taken(fields: dict[str, Any]) -> None:
     assert (call.options.sampling.top_k, call.options.stop) == (0, ())
 
 
+@pytest.mark.parametrize(
+    ("fields", "guide"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Guide("schema", '{"type": "object"}', "response_format")),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": {"type": "null"}, "strict": True},
+                }
+            },
+            Guide("schema", '{"type": "null"}', "response_format.json_schema.schema"),
+        ),
+        ({"structured_outputs": {"json": {"type": "null"}}}, Guide("schema", '{"type": "null"}', "structured_outputs.json")),
+        ({"structured_outputs": {"json": '{"type":"null"}'}}, Guide("schema", '{"type": "null"}', "structured_outputs.json")),
+        ({"structured_outputs": {"regex": "a+"}}, Guide("regex", "a+", "structured_outputs.regex")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, Guide("choice", '["a", "b"]', "structured_outputs.choice")),
+        (
+            {"response_format": {"type": "text"}, "structured_outputs": {"regex": "a"}},
+            Guide("regex", "a", "structured_outputs.regex"),
+        ),
+    ],
+)
+def test_what_an_output_is_to_look_like(fields: dict[str, Any], guide: Guide | None) -> None:
+    assert parse_chat(chat(**fields), LIMITS).options.guide == guide
+    assert parse_completion({"model": "m", "prompt": "p", **fields}, LIMITS).options.guide == guide
+
+
 def test_an_answer_can_be_sent_back_as_the_client_got_it() -> None:
     nothing: dict[str, Any] = {"refusal": None, "annotations": [], "audio": None, "tool_calls": None}
     echoed = {"role": "assistant", "content": "x", **nothing}
@@ -226,6 +279,7 @@ NAMES = [
     *("model", "messages", "prompt", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "max_completion_tokens"),
     *("stop", "n", "logprobs", "top_logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
     *("ignore_eos", "stream", "stream_options", "include_usage", "tools", "response_format", "role", "content", "type", "text"),
+    *("structured_outputs", "json", "regex", "choice", "json_schema", "schema", "strict"),
     *("image_url", "url", "detail", "user", "metadata", "chat_template_kwargs", "best_of", "echo", "suffix", "store"),
 ]
 scalars = st.one_of(

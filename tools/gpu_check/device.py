@@ -18,7 +18,7 @@ from tools.gpu_check.supervise import end, popen
 
 NEEDED = (
     *("torch", "numpy", "numba", "uvloop", "msgspec", "aiohttp", "xxhash", "tokenizers", "safetensors", "jinja2", "PIL"),
-    *("prometheus_client", "tqdm"),
+    *("prometheus_client", "tqdm", "llguidance"),
 )
 PACKAGES = (
     *("torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "numba", "numba-cuda", "cuda-bindings", "nvidia-ml-py", "numpy"),

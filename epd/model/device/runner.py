@@ -25,6 +25,7 @@ from epd.model.device.inputs import Layout, Staging
 from epd.model.device.sampler import Logprobs, is_greedy, sample
 from epd.model.device.text import DeviceTextModel, Inputs
 from epd.model.device.work_queue import Mark, WorkQueue, open_queue
+from epd.model.guides import Guides, restricted
 from epd.step import PENDING, EmbeddingSpan, SampleRequest, StepOutput, StepPlan
 from gpu.cuda.kernels import Chunks
 from gpu.deferred import Deferred
@@ -46,12 +47,13 @@ class DeviceTextRunner:
         max_tokens: int = 1,
         graphs: GraphOptions | None = None,
         queue: WorkQueue | None = None,
+        guides: Guides | None = None,
     ) -> None:
         """`kv_pool`: the pool's blocks as [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] of the model's dtype.
 
         `max_sequences` in one step, no more are taken; `max_model_len` tokens in one context; `max_tokens` in one step of chunks,
-        which `prepare` sees to: more are taken, with memory that has to be found then. Several runners may share a model. Raises
-        BadConfig for a pool of other blocks.
+        which `prepare` sees to: more are taken, with memory that has to be found then. Without `guides`, steps with a guided
+        request fail. Several runners may share a model. Raises BadConfig for a pool of other blocks.
         """
         text = model.config
         block_size = kv_pool.shape[4]
@@ -63,6 +65,7 @@ class DeviceTextRunner:
         self._block_size = block_size
         self._max_sequences = max_sequences
         self._max_tokens = min(max_tokens, len(kv_pool) * block_size)
+        self._guides = guides
         self._queue = queue or open_queue(model.device)
         self._staging = Staging(self._queue)
         self._buffers = model.buffers()
@@ -96,8 +99,8 @@ class DeviceTextRunner:
         row_of, self._row_of = self._row_of, {}
         batch = make_batch(plan, self._block_size)
         has_pending = _point_at_drawn(plan, batch, row_of)
-        requests = [request for i in batch.sampled if (request := plan.sequences[i].sample) is not None]
         logits = self._forward(batch, has_pending)
+        requests = restricted(self._guides, [plan.sequences[i] for i in batch.sampled])  # while the device computes
         drawn, logprobs = self._drawn[: len(requests)], None
         if not is_greedy(requests):
             logprobs = sample(logits, requests, drawn, self._staging)

@@ -52,13 +52,16 @@ def is_greedy(requests: Sequence[SampleRequest]) -> bool:
 def sample(logits: Tensor, requests: Sequence[SampleRequest], drawn: Tensor, staging: Staging) -> Logprobs | None:
     """Put the token of row i of logits, float32 [n, vocab_size], into drawn[i], int64 [n].
 
-    The logits are overwritten where penalties or a bias apply. Output ids that are PENDING count in the noise's position only.
+    The logits are overwritten where penalties, a bias or a guide apply. Output ids that are PENDING count in the noise's position
+    only.
     """
     plan = _Plan(requests, logits.shape[1])
     arrays = plan.send(staging)
     raw = logits.index_select(0, arrays["logprob_rows"]) if plan.logprob_rows else None
     if plan.changes.num:
         _change(logits, arrays)
+    if plan.allowed:
+        _guide(logits, arrays)
     torch.argmax(logits, dim=1, out=drawn)
     if plan.draw_rows:
         drawn.index_copy_(0, arrays["draw_rows"], _draw(logits, plan, arrays))
@@ -77,6 +80,7 @@ class _Plan:
         self.draw_rows = [i for i, sampling in enumerate(samplings) if sampling.temperature >= GREEDY_BELOW]
         self.logprob_rows = [i for i, sampling in enumerate(samplings) if sampling.num_logprobs >= 0]
         self.num_best = min(vocab_size, max((samplings[i].num_logprobs for i in self.logprob_rows), default=0))
+        self.allowed = {i: bits for i, request in enumerate(requests) if (bits := request.allowed) is not None}  # by row
         self.changes = _Changes(requests, vocab_size)
         drawing = [samplings[i] for i in self.draw_rows]
         self.has_min_p = any(sampling.min_p > 0.0 for sampling in drawing)
@@ -98,6 +102,7 @@ class _Plan:
         noise = [uniform(samplings[i].seed, len(self.requests[i].output_token_ids)) for i in self.draw_rows]
         values: dict[str, tuple[torch.dtype, Sequence[float]]] = {
             "logprob_rows": (torch.int64, self.logprob_rows),
+            "guided_rows": (torch.int64, list(self.allowed)),
             "draw_rows": (torch.int64, self.draw_rows),
             "coldness": (torch.float32, [1.0 / sampling.temperature for sampling in drawing]),
             "noise": (torch.float64, noise),
@@ -111,9 +116,12 @@ class _Plan:
             values[f"{name}_places"] = (torch.int64, places)
             values[f"{name}_limit"] = (torch.int64, [self.limits[place] for place in places])
             values[f"{name}_top_p"] = (torch.float64, [max(drawing[place].top_p, 1e-9) for place in places])
-        staged = staging.begin(Layout({name: (dtype, (len(numbers),)) for name, (dtype, numbers) in values.items()}))
+        layout = {name: (dtype, (len(numbers),)) for name, (dtype, numbers) in values.items()}
+        staged = staging.begin(Layout({**layout, "allowed": (torch.int32, (len(self.allowed), -(-self.vocab_size // 32)))}))
         for name, (_, numbers) in values.items():
             staged[name][:] = numbers
+        for place, bits in enumerate(self.allowed.values()):
+            staged["allowed"][place] = bits
         return staging.send(staged)
 
 
@@ -162,6 +170,16 @@ def _change(logits: Tensor, arrays: dict[str, Tensor]) -> None:
     values = flat.index_select(0, at)
     values = torch.where(values > 0, values / factor, values * factor) - arrays["change_less"] + arrays["change_more"]
     flat.index_copy_(0, at, values)
+
+
+def _guide(logits: Tensor, arrays: dict[str, Tensor]) -> None:
+    """Nothing that a guide does not allow can be drawn: its logit is -inf."""
+    places = torch.arange(32, dtype=torch.int32, device=logits.device)
+    for first in range(0, len(arrays["guided_rows"]), _RANKED_TOGETHER):
+        part = slice(first, first + _RANKED_TOGETHER)
+        rows, allowed = arrays["guided_rows"][part], arrays["allowed"][part]
+        bits = ((allowed[:, :, None] >> places) & 1).view(len(rows), -1)[:, : logits.shape[1]]
+        logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(bits == 0, float("-inf")))
 
 
 def _draw(logits: Tensor, plan: _Plan, arrays: dict[str, Tensor]) -> Tensor:

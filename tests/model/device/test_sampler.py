@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +94,29 @@ def test_a_batch_draws_what_the_cpu_draws_row_by_row(
             assert chosen == pytest.approx(token.logprob, abs=1e-9)
             assert ids[:num] == [each.token_id for each in token.top_logprobs]
             assert best[:num] == pytest.approx([each.logprob for each in token.top_logprobs], abs=1e-9)
+
+
+@given(st.lists(st.tuples(samplings, st.floats(0.0, 1.0)), min_size=1, max_size=20), st.integers(0, 1000))
+def test_a_guide_lets_through_what_it_lets_through_on_the_cpu(wanted: list[tuple[Sampling, float]], seed: int) -> None:
+    """Some rows guided, by more or less, others not."""
+    draw = np.random.default_rng(seed)
+    logits = _logits(seed, rows=len(wanted))
+    requests = []
+    for sampling, share in wanted:
+        bits = draw.random(VOCAB) < share
+        bits[draw.integers(VOCAB)] = True
+        allowed = np.zeros(-(-VOCAB // 32) * 4, np.uint8)
+        packed = np.packbits(bits, bitorder="little")
+        allowed[: len(packed)] = packed
+        is_guided = share < 0.8
+        guided = msgspec.structs.replace(sampling, guide="g" if is_guided else "")
+        requests.append(replace(_request(guided, [1, 2], [2]), allowed=allowed.view(np.int32) if is_guided else None))
+    tokens, changed, _ = _sample(logits, requests)
+    left = logits.copy()
+    assert tokens == [token.token_id for token in sample_on_cpu(left, requests)]
+    np.testing.assert_array_equal(changed, left)
+    for token, request in zip(tokens, requests, strict=True):
+        assert request.allowed is None or request.allowed[token // 32] >> (token % 32) & 1
 
 
 @pytest.mark.parametrize(("top_p", "count"), [(0.0, 1), (0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4)])

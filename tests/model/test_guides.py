@@ -1,0 +1,171 @@
+"""Guided outputs against what they are to be: parsed, matched and compared by others than the library that guides them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from epd.errors import BadConfig
+from epd.gateway.guide import Guide, grammar_of
+from epd.gateway.tokenizer import Tokenizer
+from epd.model import guides
+from epd.model.config import load_model_config
+from epd.model.guides import Guides, GuideVocabulary, restricted
+from epd.model.sampler import sample
+from epd.options import BUNDLED_MODEL
+from epd.step import SampleRequest, SequenceStep
+from protocol.messages import RequestId, Sampling
+
+MODEL = load_model_config(BUNDLED_MODEL)
+VOCABULARY = GuideVocabulary(MODEL, BUNDLED_MODEL)
+TOKENIZER = Tokenizer.from_folder(BUNDLED_MODEL)
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+NOTHING = np.zeros(0, np.int32)
+
+
+def _sequence(name: str, sampling: Sampling, output: Sequence[int]) -> SequenceStep:
+    request = SampleRequest(sampling, NOTHING, np.array(output, np.int32))
+    return SequenceStep(RequestId(name), NOTHING, 0, np.zeros((3, 0), np.int32), NOTHING, sample=request)
+
+
+def _output(
+    guide: Guide, *, seed: int, temperature: float = 1.0, ways: Sequence[Guides] | None = None, most: int = 400
+) -> list[int]:
+    """Of a model that has no idea: noise for logits. `ways`: the runners that draw its tokens in turns."""
+    ways = ways or [Guides(VOCABULARY)]
+    sampling = Sampling(temperature=temperature, seed=seed, guide=grammar_of(guide))
+    output: list[int] = []
+    for number in range(most):
+        logits = np.random.default_rng((seed, number)).standard_normal((1, MODEL.text.vocab_size), np.float32) * 4
+        requests = restricted(ways[number % len(ways)], [_sequence("r", sampling, output)])
+        (token,) = sample(logits, requests)
+        if token.token_id in MODEL.eos_token_ids:
+            return output
+        output.append(token.token_id)
+    pytest.fail(f"no end after {most} tokens: {TOKENIZER.decode(output)!r}")
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 1.0]))
+def test_a_schema_is_followed_by_a_model_that_has_no_idea(seed: int, temperature: float) -> None:
+    said = TOKENIZER.decode(_output(Guide("schema", json.dumps(PERSON), "f"), seed=seed, temperature=temperature))
+    person = json.loads(said)
+    assert list(person) == ["name", "age"]
+    assert len(person["name"]) <= 8
+    assert isinstance(person["age"], int)
+    assert 0 <= person["age"] <= 150
+    assert "\n" not in said
+
+
+@given(st.integers(0, 10**6), st.sampled_from([r"[a-f]{2,5}(-[0-9]+){1,2}x", r"(ja|nein), [0-9]{4}", "é{3}.?"]))
+def test_a_regular_expression_is_followed(seed: int, pattern: str) -> None:
+    assert re.fullmatch(pattern, TOKENIZER.decode(_output(Guide("regex", pattern, "f"), seed=seed)))
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_one_of_the_choices_is_said(choices: list[str]) -> None:
+    output = _output(Guide("choice", json.dumps(choices), "f"), seed=3)
+    assert b"".join(map(TOKENIZER.token_bytes, output)).decode() in choices
+
+
+def test_every_token_may_be_drawn_elsewhere() -> None:
+    """By a runner that has not seen the request yet, by two in turns, by one that has forgotten it."""
+    guide = Guide("schema", json.dumps(PERSON), "f")
+    at_one = _output(guide, seed=11)
+    assert _output(guide, seed=11, ways=[Guides(VOCABULARY) for _ in range(400)]) == at_one
+    assert _output(guide, seed=11, ways=[Guides(VOCABULARY), Guides(VOCABULARY)]) == at_one
+
+
+def test_only_some_are_remembered_and_those_forgotten_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guides, "_MAX_REQUESTS", 2)
+    monkeypatch.setattr(guides, "_MAX_GRAMMARS", 2)
+    runner = Guides(VOCABULARY)
+    output = TOKENIZER.encode("abc")
+    for _ in range(2):
+        for number in range(5):
+            sampling = Sampling(guide=grammar_of(Guide("regex", f"abc{number}+", "f")))
+            (request,) = restricted(runner, [_sequence(f"r{number}", sampling, output)])
+            assert _names(request) == {str(number)}
+    assert len(runner._guided) == len(runner._ready) == 2
+
+
+def test_a_request_that_begins_anew_is_not_taken_for_the_one_before() -> None:
+    """The same name with another output, or another grammar."""
+    runner = Guides(VOCABULARY)
+    for pattern, output, names in (
+        ("ab|cd", "a", {"b"}),
+        ("ab|cd", "c", {"d"}),
+        ("ab|cd", "", {"a", "c", "ab"}),
+        ("cx", "c", {"x"}),
+    ):
+        sampling = Sampling(guide=grammar_of(Guide("regex", pattern, "f")))
+        (request,) = restricted(runner, [_sequence("r", sampling, TOKENIZER.encode(output))])
+        assert _names(request) == names & {TOKENIZER.decode([i]) for i in range(TOKENIZER.vocab_size)}
+
+
+def test_a_grammar_that_grows_too_large_on_the_way_is_an_error() -> None:
+    """Its automaton is bounded; before that, it has done what it says."""
+    with pytest.raises(ValueError, match="too many"):
+        _output(Guide("regex", "(((a{900,999}){900,999}){900,999}){900,999}", "f"), seed=1)
+
+
+def test_an_output_that_cannot_be_is_an_error() -> None:
+    sampling = Sampling(guide=grammar_of(Guide("regex", "abc", "f")))
+    with pytest.raises(ValueError, match="cannot be guided"):
+        restricted(Guides(VOCABULARY), [_sequence("r", sampling, TOKENIZER.encode("abx"))])
+
+
+def test_the_guide_comes_last_and_log_probabilities_are_the_models_own() -> None:
+    """A bias for what is not allowed changes nothing; what is told is what the model thought."""
+    (x,) = TOKENIZER.encode("x")
+    sampling = Sampling(temperature=0.0, guide=grammar_of(Guide("regex", "[ab]", "f")), logit_bias=((x, 100.0),), num_logprobs=1)
+    logits = np.zeros((1, MODEL.text.vocab_size), np.float32)
+    logits[0, x] = 5.0
+    (token,) = sample(logits, restricted(Guides(VOCABULARY), [_sequence("r", sampling, [])]))
+    assert TOKENIZER.decode([token.token_id]) in ("a", "b")
+    assert [each.token_id for each in token.top_logprobs] == [x]
+    assert token.logprob == pytest.approx(-5.0 - np.log(1 + (MODEL.text.vocab_size - 1) * np.exp(-5.0)), abs=1e-3)
+
+
+def test_who_is_not_guided_is_not_touched() -> None:
+    sequence = _sequence("r", Sampling(), [])
+    assert restricted(Guides(VOCABULARY), [sequence]) == restricted(None, [sequence]) == [sequence.sample]
+
+
+def test_without_a_tokenizer_nothing_can_be_guided(tmp_path: Path) -> None:
+    guided = _sequence("r", Sampling(guide=grammar_of(Guide("regex", "a", "f"))), [])
+    with pytest.raises(BadConfig, match=r"tokenizer\.json"):
+        restricted(Guides(GuideVocabulary(MODEL, tmp_path)), [guided])
+    with pytest.raises(ValueError, match="no guides"):
+        restricted(None, [guided])
+
+
+def test_a_model_may_have_more_logits_than_its_tokenizer_has_tokens() -> None:
+    """As Qwen's have: what has no token is never allowed."""
+    wide = replace(MODEL, text=replace(MODEL.text, vocab_size=MODEL.text.vocab_size + 45))
+    (request,) = restricted(
+        Guides(GuideVocabulary(wide, BUNDLED_MODEL)), [_sequence("r", Sampling(guide=grammar_of(Guide("regex", ".*", "f"))), [])]
+    )
+    assert request.allowed is not None
+    bits = np.unpackbits(request.allowed.view(np.uint8), bitorder="little", count=wide.text.vocab_size)
+    assert bits.any()
+    assert not bits[TOKENIZER.vocab_size :].any()
+
+
+def _names(request: SampleRequest) -> set[str]:
+    """What may come next."""
+    assert request.allowed is not None
+    bits = np.unpackbits(request.allowed.view(np.uint8), bitorder="little", count=MODEL.text.vocab_size)
+    return {TOKENIZER.decode([int(i)]) for i in np.flatnonzero(bits)}
