@@ -129,8 +129,11 @@ class DecodeActor(StageActor):
         """Reservations whose prefill has not begun elsewhere give way, the latest first, where that lets prefill here go on.
 
         It may be for each other that they wait: two workers with both stages, each prefilling for the other's decode, whose
-        reservations leave neither a prompt's room. Whoever loses patience first ends that.
+        reservations leave neither a prompt's room. Whoever loses patience first ends that. While anybody decodes here, blocks
+        come back without it.
         """
+        if len(self._flights):
+            return
         unbegun = [entry for entry in self._entries.values() if entry.waits_for_prefill]
         victims: list[Entry] = []
         for entry in sorted(unbegun, key=lambda entry: entry.request.order, reverse=True):

@@ -241,9 +241,11 @@ class PrefillScheduler:
         return tuple(chunk.request for chunk in suspects)
 
     def num_blocks_short(self, now: float, patience_s: float) -> int:
-        """How many blocks are lacking to go on, if that has been so for longer than that; else 0."""
+        """How many blocks are lacking to go on, if that has been so for longer than that and nobody is being computed whose
+        blocks will come back; else 0.
+        """
         short = self._short
-        if short is None or short.request.state is not PrefillState.WAITING or now < short.since + patience_s:
+        if short is None or short.request.state is not PrefillState.WAITING or now < short.since + patience_s or self._in_flight:
             return 0
         return short.num_blocks
 

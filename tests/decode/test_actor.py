@@ -109,24 +109,28 @@ async def test_two_workers_that_wait_for_each_others_blocks_do_not_wait_for_ever
 
 
 async def test_who_is_being_computed_elsewhere_does_not_give_way() -> None:
-    """Its KV is on the way: it frees its blocks by itself."""
+    """Some of its KV is here: it frees its blocks by itself, and so does who is decoded."""
     async with _bench() as bench:
         a, b = bench.workers["a"], bench.workers["b"]
+        b.prefill.runner.on_step = lambda plan: b.prefill.runner.gate.clear()  # one chunk, and no more
         decode = bench.decode("ba", LONG, 4, at="a", prefill="b")
-        await until(lambda: a.decode.scheduler.num_receiving == 1)
-        a.decode.runner.gate.clear()
         prefill = bench.prefill("ba", LONG, 4, at="b")
-        assert isinstance(await prefill, Prefilled)
-        waiting, reserved = bench.prefill("aa", LONG[::-1], 4, at="a"), bench.decode("aa", LONG[::-1], 4, at="a", prefill="a")
-        await until(lambda: a.prefill.scheduler.num_waiting == 1)
-        await until(lambda: a.decode.scheduler.num_running == 1)
+        await until(lambda: any(entry.copying and entry.copying.has_begun for entry in a.decode.actor._entries.values()))
+        prompt, answer = bench.prefill("aa", LONG[::-1], 4, at="a"), bench.decode("aa", LONG[::-1], 4, at="a", prefill="a")
+        await until(lambda: a.num_blocks_short > 0)
         a.clock.advance(1.01)
         a.sweep()
-        assert not decode.done()
+        assert len(a.decode.actor._entries) == 2
+        a.decode.runner.gate.clear()
+        b.prefill.runner.on_step = lambda plan: None
+        b.prefill.runner.gate.set()
+        assert isinstance(await prefill, Prefilled)
+        await until(lambda: a.decode.scheduler.num_running == 1)
+        a.sweep()
         a.decode.runner.gate.set()
         assert isinstance(await decode, Finished)
-        assert isinstance(await waiting, Prefilled)
-        assert isinstance(await reserved, Finished)
+        assert isinstance(await prompt, Prefilled)
+        assert isinstance(await answer, Finished)
         assert b.decode.actor.load().num_preemptions == a.decode.actor.load().num_preemptions == 0
 
 
