@@ -26,6 +26,7 @@ from protocol.messages import RequestId
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+_MAKING_S = 30.0  # at most; two for a vocabulary of 150,000
 _MAX_REQUESTS = 1024  # whose automata are kept; one that was forgotten is begun anew
 _MAX_GRAMMARS = 64  # that are kept ready to begin with
 
@@ -44,9 +45,9 @@ class GuideVocabulary:
 
     def tokens(self) -> LLTokenizer:
         """Waits until it has been made. Raises BadConfig where that failed."""
-        self._thread.join()
+        self._thread.join(_MAKING_S)
         if self._tokens is None:
-            raise BadConfig(f"outputs cannot be guided: {self._wrong}")
+            raise BadConfig(f"outputs cannot be guided: {self._wrong or f'{self._path} is still being read'}")
         return self._tokens
 
     def _read(self) -> None:
