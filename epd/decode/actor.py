@@ -140,7 +140,7 @@ class DecodeActor(StageActor):
             if num_blocks <= 0:
                 break
             victims.append(entry)
-            num_blocks -= len(entry.request.block_table) - entry.request.num_cached_blocks
+            num_blocks -= len(entry.request.block_table)  # those of its cached prefix, too: nobody else may hold them
         if num_blocks <= 0:
             for entry in victims:
                 self._scheduler.num_preemptions += 1

@@ -20,6 +20,7 @@ from gpu.pool import Pool
 from gpu.stream import Stream
 from protocol.messages import Handoff, KVChunk, KVRef, PullKV, RequestId, Token
 
+_PARKED_S = 5.0  # that a pull may be ahead of its prompt
 _Event = tuple[FinishedBlocks, int] | Token | EpdError
 
 
@@ -118,7 +119,10 @@ class HandOver:
 
 
 class EarlyPulls:
-    """Pulls that were heard before their prompt: the two come over different links."""
+    """Pulls that were heard before their prompt: the two come over different links.
+
+    They wait as long as links may differ, not as long as the request: its prefill may be over, given up as nobody came for it.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -131,7 +135,7 @@ class EarlyPulls:
         older = self._parked.pop(message.request_id, None)
         if older is not None:
             older[1].reply.fail(StaleHandle("a newer attempt pulls"))
-        self._parked[message.request_id] = (message, mail, self._clock() + message.deadline_s)
+        self._parked[message.request_id] = (message, mail, self._clock() + min(message.deadline_s, _PARKED_S))
         mail.reply.on_cancel(self._dropper(message.request_id, message.epoch))
 
     def take(self, request_id: RequestId, epoch: int) -> tuple[PullKV, Mail] | None:
@@ -149,7 +153,7 @@ class EarlyPulls:
         parked = self._parked.get(request_id)
         if parked is not None and parked[0].epoch <= epoch:
             del self._parked[request_id]
-            parked[1].reply.fail(StaleHandle(f"request {request_id} has ended"))
+            parked[1].reply.fail(StaleHandle(f"request {request_id} is not, or no longer, prefilled here"))
 
     def expire(self, now: float) -> None:
         for request_id, (message, _, deadline) in list(self._parked.items()):

@@ -149,6 +149,15 @@ async def test_workers_that_prefill_and_decode(undisturbed: Sequence[Said], layo
         assert await rungs(cluster) >= {("decode", "local"), ("decode", "mapped")}
 
 
+@pytest.mark.parametrize("layout", SEVERAL_STAGES, ids=" ".join)
+async def test_a_crowd_that_waits_for_each_others_blocks_gets_through(undisturbed: Sequence[Said], layout: Sequence[str]) -> None:
+    """Each worker soon holds blocks for prompts that others compute, and lacks some for its own."""
+    crowd, wanted = cases() * 6, [*undisturbed] * 6
+    async with node_cluster(layout, *TIGHT, "--max-chunk-tokens", "32", "--max-requests", "1000") as cluster:
+        check(await ask_at_once(cluster.url, crowd), wanted, crowd)
+        await cluster.idle()
+
+
 @pytest.mark.parametrize("layout", [(ALL_ROLES,), APART], ids=["together", "apart"])
 async def test_preempted_requests_go_on_with_the_same_tokens(layout: Sequence[str]) -> None:
     """Short prompts with long outputs, which the pool cannot hold all at once."""

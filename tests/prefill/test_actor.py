@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from epd.errors import StaleHandle
 from epd.step import StepPlan
 from gpu.cpu import CpuBackend
-from protocol.messages import Address, Prefill, Prefilled, RequestId
+from protocol.messages import Address, Prefill, Prefilled, PullKV, RequestId
 from tests.support import stages
 from tests.support.clock import FakeClock
-from tests.support.systems import running
+from tests.support.systems import running, until
 
 
 async def test_chunks_are_cut_by_what_steps_have_taken() -> None:
@@ -36,3 +42,30 @@ async def test_chunks_are_cut_by_what_steps_have_taken() -> None:
     first, last = steps[: steps.index((0, 8), 1)], steps[-next(i for i, step in enumerate(reversed(steps), 1) if step[0] == 0) :]
     assert len(last) > len(first) > 60 / 8
     assert dict(last)[40] == 4
+
+
+async def test_a_pull_for_what_nobody_computes_here_is_refused_soon() -> None:
+    """Its prefill was given up, or went to somebody else: the request has minutes left, and must begin anew."""
+    backend, clock = CpuBackend(), FakeClock()
+    try:
+        async with running("client", "prefill") as (client, server):
+            stage = await stages.add_prefill(server, backend, clock=clock)
+            message = PullKV(RequestId("r"), 1, stage.memory.layout, 600.0)
+
+            async def pull() -> None:
+                async with aclosing(client.stream(Address(server.worker, "prefill"), message, timeout_s=600.0)) as answers:
+                    async for _ in answers:
+                        pass
+
+            task = asyncio.create_task(pull())
+            await until(lambda: not stage.actor.is_idle())
+            clock.advance(4.9)
+            stage.actor.sweep(clock())
+            assert not stage.actor.is_idle()
+            clock.advance(0.2)
+            stage.actor.sweep(clock())
+            with pytest.raises(StaleHandle, match="no longer"):
+                await task
+            assert stage.actor.is_idle()
+    finally:
+        backend.close()
