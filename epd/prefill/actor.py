@@ -88,7 +88,7 @@ class PrefillActor(StageActor):
     async def receive(self, mail: Mail) -> None:
         match mail.message:
             case Prefill() as message:
-                self._add(message, mail.reply)
+                self._add(message, mail)
             case EmbeddingReady() as message:
                 self.spawn(self._take_embedding(message, mail.reply), name=f"embedding {message.request_id}")
             case PullKV() as message:
@@ -100,7 +100,7 @@ class PrefillActor(StageActor):
                     raise unexpected(self, mail)
                 self.freed()  # a released lease may have made room
 
-    def _add(self, message: Prefill, reply: Reply) -> None:
+    def _add(self, message: Prefill, mail: Mail) -> None:
         self.refuse_if_draining()
         check_grids(message.items, self._merge_size)
         now = self.clock()
@@ -118,8 +118,14 @@ class PrefillActor(StageActor):
         self._abort(message.request_id, message.epoch - 1, Cancelled("a newer attempt has begun"))
         self._scheduler.add(request)
         positions = mrope_positions(request.num_tokens, request.items, self._merge_size)
-        self._entries[message.request_id] = Entry(request, reply, positions)
-        reply.on_cancel(lambda: self._abort(message.request_id, message.epoch, Cancelled("the asker left")))
+        entry = self._entries[message.request_id] = Entry(request, mail.reply, positions)
+
+        def leave(_: object = None) -> None:
+            self._abort(message.request_id, message.epoch, Cancelled("the asker left"))
+
+        # A decode worker may be long in coming for what is done here; whoever sent it is not, once the asker has gone.
+        entry.unwatch = self.system.watch(mail.sender, leave)
+        mail.reply.on_cancel(leave)
         pull = self._early.take(message.request_id, message.epoch)
         if pull is not None:
             self._attach(*pull)
@@ -248,7 +254,7 @@ class PrefillActor(StageActor):
 
     def _finish(self, entry: Entry, token: Token, now: float) -> None:
         request = entry.request
-        entry.token, entry.finished_at = token, now
+        entry.token = token
         spans = self.counted(entry.spans(now))
         if request.items:
             self.spread.observe("embedding_wait_seconds", entry.embedding_wait_s)
@@ -292,15 +298,13 @@ class PrefillActor(StageActor):
     def _forget(self, entry: Entry) -> None:
         if self._entries.get(entry.request.request_id) is entry:
             del self._entries[entry.request.request_id]
+            entry.unwatch()
 
     def sweep(self, now: float) -> None:
         for request_id in self._scheduler.expired(now):
             self._abort(
                 request_id, self._entries[request_id].request.epoch, DeadlineExceeded("the request ran out of time in prefill")
             )
-        for entry in list(self._entries.values()):
-            if entry.finished_at is not None and now > entry.finished_at + self._lease_s:
-                self._abort(entry.request.request_id, entry.request.epoch, StaleHandle("nobody fetched the KV in time"))
         self._early.expire(now)
         self._blocks.expire(now)
         for request_id in [request_id for request_id, given in self._handed_over.items() if given.is_over]:

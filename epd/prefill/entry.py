@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from epd.microkernel.actor import Reply
@@ -19,10 +20,10 @@ class Entry:
     reply: Reply
     positions: Int32Array  # [3, num_tokens]
     rows: dict[int, Rows] = field(default_factory=dict)  # item index -> [num_tokens, embedding width]
+    unwatch: Callable[[], None] = lambda: None  # what ends the watch over who asked
     finished: list[FinishedBlocks] = field(default_factory=list)  # told by the scheduler, whether pulled or not
     hand_over: HandOver | None = None
     token: Token | None = None
-    finished_at: float | None = None
     embeddings_at: list[float] = field(default_factory=list)  # when each arrived
     chunks_at: list[tuple[float, float]] = field(default_factory=list)  # of the first steps, from start to end
     embedding_wait_s: float = 0.0  # in which there was nothing to compute for want of an embedding

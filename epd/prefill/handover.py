@@ -121,7 +121,7 @@ class HandOver:
 class EarlyPulls:
     """Pulls that were heard before their prompt: the two come over different links.
 
-    They wait as long as links may differ, not as long as the request: its prefill may be over, given up as nobody came for it.
+    They wait as long as links may differ, not as long as the request: its prefill may be over, or never begin.
     """
 
     def __init__(self, clock: Clock) -> None:

@@ -10,7 +10,7 @@ import pytest
 from epd.errors import StaleHandle
 from epd.step import StepPlan
 from gpu.cpu import CpuBackend
-from protocol.messages import Address, Prefill, Prefilled, PullKV, RequestId
+from protocol.messages import Address, Handoff, KVChunk, Prefill, Prefilled, PullKV, RequestId
 from tests.support import stages
 from tests.support.clock import FakeClock
 from tests.support.systems import running, until
@@ -67,5 +67,32 @@ async def test_a_pull_for_what_nobody_computes_here_is_refused_soon() -> None:
             with pytest.raises(StaleHandle, match="no longer"):
                 await task
             assert stage.actor.is_idle()
+    finally:
+        backend.close()
+
+
+async def test_what_is_done_waits_for_decode_as_long_as_its_asker_is_there() -> None:
+    """Decode may be full for longer than a lease lasts."""
+    backend, clock = CpuBackend(), FakeClock()
+    try:
+        async with running("gateway", "decode", "prefill") as (gateway, decode, server):
+            stage = await stages.add_prefill(server, backend, lease_s=20.0, clock=clock)
+            to = Address(server.worker, "prefill")
+            for name in ("fetched", "left"):
+                prompt = stages.tokens_as_bytes([ord(name[0]), 1, 2, 3, 4])
+                await gateway.ask(to, Prefill(RequestId(name), 1, prompt, 5, (), stages.sampling(9), 600.0), timeout_s=20)
+            clock.advance(300.0)
+            stage.actor.sweep(clock())
+            message = PullKV(RequestId("fetched"), 1, stage.memory.layout, 300.0)
+            async with aclosing(decode.stream(to, message, timeout_s=20)) as answers:
+                kinds = [type(answer.message) async for answer in answers]
+            assert kinds == [KVChunk, Handoff]
+            assert len(stage.actor._entries) == 1
+            await gateway.stop()
+            await until(lambda: not stage.actor._entries)
+            clock.advance(30.0)
+            stage.actor.sweep(clock())
+            assert stage.actor.is_idle()
+            stage.check()
     finally:
         backend.close()
