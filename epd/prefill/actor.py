@@ -123,7 +123,7 @@ class PrefillActor(StageActor):
         def leave(_: object = None) -> None:
             self._abort(message.request_id, message.epoch, Cancelled("the asker left"))
 
-        # A decode worker may be long in coming for what is done here; whoever sent it is not, once the asker has gone.
+        # What has been done here waits for its decode worker as long as that takes, but for nobody once the asker has gone.
         entry.unwatch = self.system.watch(mail.sender, leave)
         mail.reply.on_cancel(leave)
         pull = self._early.take(message.request_id, message.epoch)

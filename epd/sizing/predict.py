@@ -125,7 +125,6 @@ class Model:
 
     def _prefill_first(self, devices: int) -> Predictor:
         need = self.demand()
-        alone = need.encode_s + need.prefill_s
         whole = Model(self.profile, self.workload, Steps(1 << 30, self.steps.max_running))
         alone = need.encode_s + whole.demand().prefill_s
 

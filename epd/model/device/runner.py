@@ -191,9 +191,10 @@ class DeviceTextRunner:
             sampled_rows=np.array([num_tokens - 1], np.int64),
         )
         logits, nothing = self._launch(padding, has_pending=True), np.zeros(1, np.int32)
+        anything = np.full(-(-logits.shape[1] // 32), -1, np.int32)  # as a guide allows it
         for sampling in _SAMPLED_IN_REHEARSAL:
             logits.zero_()  # of what is in memory that nobody wrote to, anything may have come
-            sample(logits, [SampleRequest(sampling, nothing, nothing)], self._drawn[:1], self._staging)
+            sample(logits, [SampleRequest(sampling, nothing, nothing, anything)], self._drawn[:1], self._staging)
 
     def _embedding(self, span: EmbeddingSpan) -> Tensor:
         """Rows on the device, where they are already unless they were encoded elsewhere."""
