@@ -4,7 +4,8 @@ Working memory, with d bytes a number, H hidden size, I intermediate size, V voc
 
 - prefill, over `token_budget` tokens, and decode, over `max_running`: per token d * (3H + 2 * q + kv + 3I), q and kv being the
   widths of queries and of keys and values: the residual, its norm and what a layer adds; queries, keys and values as the product
-  leaves them, and attention's output; gate, up and their product.
+  leaves them, and attention's output; gate, up and their product. Of a layer with experts, of which a token takes k, in their
+  place k * (H + I) and two numbers for each expert: what they made of it, and how likely they are.
 - logits: at most `max_running` rows of V float32 numbers, and 1,800 bytes per entry of V to draw from some rows at a time.
 - prefill with images: the largest image's embedding, as it was fetched.
 - encode, over `max_patches` patches or the largest image: per patch d * max(8H, 2H + 2I), the wider of attention (residual, norm,
@@ -96,6 +97,9 @@ def _largest_image_patches(model: ModelConfig) -> int:
 def _text_step_bytes(model: ModelConfig, engine: EngineConfig, num_tokens: int, dtype_bytes: int) -> int:
     text = model.text
     queries, keys_values = text.num_heads * text.head_dim, 2 * text.num_kv_heads * text.head_dim
-    per_token = 3 * text.hidden_size + 2 * queries + keys_values + 3 * text.intermediate_size
+    per_token = 3 * text.hidden_size + 2 * queries + keys_values + 3 * text.dense_size
+    if text.experts is not None:
+        taken = text.experts.num_chosen * (text.hidden_size + text.experts.intermediate_size)
+        per_token += taken + 2 * text.experts.num_experts
     logits = (min(num_tokens, engine.max_running) * _FLOAT_BYTES + _DRAW_BYTES) * text.vocab_size
     return num_tokens * per_token * dtype_bytes + logits

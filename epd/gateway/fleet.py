@@ -263,7 +263,14 @@ def _nothing() -> None:
 
 def _describe(member: Member, now: float, placement: Placement) -> dict[str, object]:
     join, load = member.join, member.load
-    stages = [describe_part(stage) | {"token_s": placement.token_s(load.worker, stage.role)} for stage in load.stages]
+    stages = [
+        describe_part(stage)
+        | {
+            "num_given": placement.num_given(load.worker, stage.role),
+            "token_s": placement.token_s(load.worker, stage.role),
+        }
+        for stage in load.stages
+    ]
     return {
         "worker": join.endpoint.worker,
         "roles": list(join.roles),

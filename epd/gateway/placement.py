@@ -234,6 +234,10 @@ class Placement:
         """What a token takes there, in seconds of the device, as far as is known."""
         return self._speeds.token_s(worker, role)
 
+    def num_given(self, worker: WorkerId, role: str) -> int:
+        """Pieces of work that it has of this gateway, whether it has told of them yet or not."""
+        return len(self._members[worker].stages[role].given)
+
     def num_outstanding(self, role: str) -> int:
         return sum(len(member.stages[role].given) for member in self._members.values() if role in member.stages)
 

@@ -1,6 +1,7 @@
 """What a checkpoint's JSON files say about the model, as frozen values.
 
-Knows the two spellings of a Qwen3 / Qwen3-VL folder (as published on the hub, and as transformers 5 saves it) and the layout of
+Knows the two spellings of a Qwen3 / Qwen3-VL folder, dense or with experts (as published on the hub, and as transformers 5 saves
+it), and the layout of
 a KV block and of an embedding row. Does not know weights, devices or torch: a gateway imports this module and must start fast.
 """
 
@@ -15,7 +16,24 @@ from typing import Any
 from epd.errors import BadCheckpoint, BadConfig
 
 HOST_FORMAT = "float32 xxh3"  # of blocks in host memory
-ARCHITECTURES = ("Qwen3VLForConditionalGeneration", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """Feed-forward layers of which each token takes the few that a router finds most probable (Shazeer et al. 2017)."""
+
+    num_experts: int
+    num_chosen: int  # of them by each token
+    intermediate_size: int  # of one
+    normalizes: bool  # whether the weights of those chosen are made to add up to 1
+    is_packed: bool  # all experts of a layer are one tensor in the checkpoint
+    layers: tuple[int, ...]  # those that have them; others have one dense feed-forward layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +51,17 @@ class TextConfig:
     attention_bias: bool
     tie_word_embeddings: bool
     max_position_embeddings: int
+    experts: ExpertsConfig | None = None
+
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """None: the layer is dense."""
+        return self.experts if self.experts is not None and layer in self.experts.layers else None
+
+    @property
+    def dense_size(self) -> int:
+        """Intermediate size of dense layers, 0 where there are none."""
+        has_any = self.experts is None or len(self.experts.layers) < self.num_layers
+        return self.intermediate_size if has_any else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,19 +148,21 @@ def load_model_config(folder: str | Path) -> ModelConfig:
     architectures = fields.raw.get("architectures") or []
     if not architectures or architectures[0] not in ARCHITECTURES:
         named = ", ".join(map(str, architectures)) or "no architecture at all"
-        raise BadConfig(f"{fields.where} names {named}; this version runs {' and '.join(ARCHITECTURES)}")
+        raise BadConfig(f"{fields.where} names {named}; this version runs {', '.join(ARCHITECTURES)}")
     if fields.raw.get("quantization_config"):
         raise BadConfig(
             f"{fields.where} has a quantization_config; quantized checkpoints are not supported, use the unquantized one"
         )
-    if architectures[0] == "Qwen3ForCausalLM":
-        text = _text_config(fields, tie=bool(fields.raw.get("tie_word_embeddings", False)), multimodal=False)
+    has_experts = "Moe" in architectures[0]
+    if architectures[0].endswith("ForCausalLM"):
+        tie = bool(fields.raw.get("tie_word_embeddings", False))
+        text = _text_config(fields, tie=tie, multimodal=False, has_experts=has_experts)
         return ModelConfig(
             architecture=architectures[0], text=text, vision=None, image=None, eos_token_ids=_eos_ids(folder, fields.raw)
         )
     text_fields = fields.section("text_config")
     tie = fields.raw.get("tie_word_embeddings", text_fields.raw.get("tie_word_embeddings", False))
-    text = _text_config(text_fields, tie=bool(tie), multimodal=True)
+    text = _text_config(text_fields, tie=bool(tie), multimodal=True, has_experts=has_experts)
     vision = _vision_config(fields.section("vision_config"), text)
     return ModelConfig(
         architecture=architectures[0],
@@ -195,13 +226,14 @@ class _Fields:
             raise BadConfig(f"{self.where}: {name} = {value!r} is not supported (only {' or '.join(map(repr, allowed))})")
 
 
-def _text_config(fields: _Fields, *, tie: bool, multimodal: bool) -> TextConfig:
+def _text_config(fields: _Fields, *, tie: bool, multimodal: bool, has_experts: bool) -> TextConfig:
     fields.expect("hidden_act", "silu")
     fields.expect("use_sliding_window", False, None)
     hidden_size = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
-    head_dim = fields.integer("head_dim", default=128)
+    # The configuration classes of models with experts have no default of their own.
+    head_dim = fields.integer("head_dim", default=max(1, hidden_size // num_heads) if has_experts else 128)
     if num_heads % num_kv_heads:
         raise BadConfig(f"{fields.where}: {num_heads} attention heads cannot share {num_kv_heads} key-value heads evenly")
     if head_dim % 2:
@@ -221,6 +253,29 @@ def _text_config(fields: _Fields, *, tie: bool, multimodal: bool) -> TextConfig:
         attention_bias=bool(fields.raw.get("attention_bias", False)),
         tie_word_embeddings=tie,
         max_position_embeddings=fields.integer("max_position_embeddings", default=32768),
+        experts=_experts_config(fields, multimodal=multimodal) if has_experts else None,
+    )
+
+
+def _experts_config(fields: _Fields, *, multimodal: bool) -> ExpertsConfig:
+    """transformers 5 may write `num_local_experts` for `num_experts`."""
+    num_experts = fields.integer("num_local_experts" if "num_local_experts" in fields.raw else "num_experts")
+    num_chosen = fields.integer("num_experts_per_tok")
+    if num_chosen > num_experts:
+        raise BadConfig(f"{fields.where}: a token cannot have {num_chosen} of {num_experts} experts")
+    step, dense = fields.integer("decoder_sparse_step", default=1), fields.raw.get("mlp_only_layers") or []
+    num_layers = fields.integer("num_hidden_layers")
+    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+        raise BadConfig(f"{fields.where}: mlp_only_layers must be numbers of layers, not {dense!r}")
+    if multimodal:
+        fields.expect("norm_topk_prob", True, None)
+    return ExpertsConfig(
+        num_experts=num_experts,
+        num_chosen=num_chosen,
+        intermediate_size=fields.integer("moe_intermediate_size"),
+        normalizes=multimodal or bool(fields.raw.get("norm_topk_prob", False)),
+        is_packed=multimodal,
+        layers=tuple(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense),
     )
 
 

@@ -1,13 +1,14 @@
 """Names and shapes of a model's tensors, which of them are used side by side, and how many numbers they are.
 
-As checkpoints store them ([out, in]). Does not know files, devices or torch: memory is planned with this before torch is there.
+As checkpoints store them: [out, in], and packed experts, the only ones of three dimensions, [experts, out, in], which published
+checkpoints have as [experts, in, out]. Does not know files, devices or torch: memory is planned with this before torch is there.
 """
 
 from __future__ import annotations
 
 import math
 
-from epd.model.config import ModelConfig, TextConfig, VisionConfig
+from epd.model.config import ExpertsConfig, ModelConfig, TextConfig, VisionConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -18,7 +19,7 @@ def text_prefix(config: ModelConfig) -> str:
 
 
 def text_shapes(config: ModelConfig) -> Shapes:
-    """Names and shapes of the language model's tensors, as checkpoints store them ([out, in])."""
+    """Names and shapes of the language model's tensors."""
     text, prefix = config.text, text_prefix(config)
     shapes: Shapes = {
         f"{prefix}embed_tokens.weight": (text.vocab_size, text.hidden_size),
@@ -27,11 +28,13 @@ def text_shapes(config: ModelConfig) -> Shapes:
     if not text.tie_word_embeddings:
         shapes["lm_head.weight"] = (text.vocab_size, text.hidden_size)
     for layer in range(text.num_layers):
-        shapes.update({f"{prefix}layers.{layer}.{name}": shape for name, shape in _text_layer_shapes(text).items()})
+        for name, shape in (_attention_shapes(text) | _feed_forward_shapes(text, layer)).items():
+            shapes[f"{prefix}layers.{layer}.{name}"] = shape
     return shapes
 
 
-def _text_layer_shapes(text: TextConfig) -> Shapes:
+def _attention_shapes(text: TextConfig) -> Shapes:
+    """Of one layer, its norms among them."""
     queries, keys = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     shapes: Shapes = {
         "input_layernorm.weight": (text.hidden_size,),
@@ -42,14 +45,33 @@ def _text_layer_shapes(text: TextConfig) -> Shapes:
         "self_attn.k_proj.weight": (keys, text.hidden_size),
         "self_attn.v_proj.weight": (keys, text.hidden_size),
         "self_attn.o_proj.weight": (text.hidden_size, queries),
-        "mlp.gate_proj.weight": (text.intermediate_size, text.hidden_size),
-        "mlp.up_proj.weight": (text.intermediate_size, text.hidden_size),
-        "mlp.down_proj.weight": (text.hidden_size, text.intermediate_size),
     }
     if text.attention_bias:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             shapes[f"self_attn.{name}.bias"] = shapes[f"self_attn.{name}.weight"][:1]
     return shapes
+
+
+def _feed_forward_shapes(text: TextConfig, layer: int) -> Shapes:
+    experts, width = text.experts_of(layer), text.hidden_size
+    if experts is None:
+        return _gated_shapes("mlp.", width, text.intermediate_size)
+    shapes: Shapes = {"mlp.gate.weight": (experts.num_experts, width)}
+    if experts.is_packed:
+        shapes["mlp.experts.gate_up_proj"] = (experts.num_experts, 2 * experts.intermediate_size, width)
+        shapes["mlp.experts.down_proj"] = (experts.num_experts, width, experts.intermediate_size)
+    else:
+        for i in range(experts.num_experts):
+            shapes |= _gated_shapes(f"mlp.experts.{i}.", width, experts.intermediate_size)
+    return shapes
+
+
+def _gated_shapes(prefix: str, width: int, inner: int) -> Shapes:
+    return {
+        f"{prefix}gate_proj.weight": (inner, width),
+        f"{prefix}up_proj.weight": (inner, width),
+        f"{prefix}down_proj.weight": (width, inner),
+    }
 
 
 def vision_shapes(vision: VisionConfig) -> Shapes:
@@ -91,24 +113,44 @@ def _merger_shapes(prefix: str, vision: VisionConfig, *, norm_width: int) -> Sha
 
 
 def text_groups(config: ModelConfig) -> list[tuple[str, ...]]:
-    """Tensors that have the same input and are one product where they lie one below the other."""
+    """Tensors that are one product where they lie one below the other, since they have the same input; a layer's experts."""
+    text = config.text
     attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     groups: list[tuple[str, ...]] = []
-    for layer in range(config.text.num_layers):
+    for layer in range(text.num_layers):
         prefix = f"{text_prefix(config)}layers.{layer}."
         groups.append(tuple(f"{prefix}{name}.weight" for name in attention))
-        groups.append((f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"))
-        if config.text.attention_bias:
+        if text.attention_bias:
             groups.append(tuple(f"{prefix}{name}.bias" for name in attention))
+        experts = text.experts_of(layer)
+        if experts is None:
+            groups.append((f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"))
+        elif not experts.is_packed:
+            groups += expert_groups(experts, prefix)
     return groups
+
+
+def expert_groups(experts: ExpertsConfig, prefix: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Gate and up of one expert after the other, and down of one after the other, of experts that are not packed."""
+    names = [f"{prefix}mlp.experts.{i}." for i in range(experts.num_experts)]
+    gate_up = tuple(f"{name}{part}_proj.weight" for name in names for part in ("gate", "up"))
+    return gate_up, tuple(f"{name}down_proj.weight" for name in names)
 
 
 def attention_share(config: ModelConfig) -> float:
     """Arithmetic of one token's attending to another, all layers, as a share of what a token takes in linear layers."""
     text = config.text
-    linear = text.num_layers * sum(math.prod(shape) for shape in _text_layer_shapes(text).values() if len(shape) == 2)
     attention = text.num_layers * text.num_heads * text.head_dim * 2  # multiplications with a key and with a value
-    return attention / linear
+    return attention / sum(linear_numbers(text, layer) for layer in range(text.num_layers))
+
+
+def linear_numbers(text: TextConfig, layer: int) -> int:
+    """Numbers of a layer's matrices that a token is multiplied with: of experts, those that it chooses."""
+    attention = sum(math.prod(shape) for shape in _attention_shapes(text).values() if len(shape) == 2)
+    experts, inner, router = text.experts_of(layer), text.intermediate_size, 0
+    if experts is not None:
+        inner, router = experts.num_chosen * experts.intermediate_size, experts.num_experts * text.hidden_size
+    return attention + 3 * text.hidden_size * inner + router
 
 
 def count_numbers(shapes: Shapes) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from epd.model.batch import Batch
 from epd.model.config import ModelConfig, TextConfig
+from epd.model.experts import ExpertMemory, Experts
 from epd.model.linear import Linear
 from epd.model.rope import RopeTable
 from epd.model.shapes import text_prefix
@@ -39,7 +40,7 @@ class TextModel:
         self._embed = weights.tensor(f"{prefix}embed_tokens.weight")
         self._norm = weights.tensor(f"{prefix}norm.weight").numpy()
         self._head = Linear(weights, [f"{prefix}embed_tokens" if text.tie_word_embeddings else "lm_head"])
-        self._layers = [_Layer(text, weights, f"{prefix}layers.{i}.") for i in range(text.num_layers)]
+        self._layers = [_Layer(text, i, weights, f"{prefix}layers.{i}.") for i in range(text.num_layers)]
         self._rope = RopeTable(text)
         self._scale = text.head_dim**-0.5
 
@@ -64,7 +65,7 @@ class TextModel:
             if i == last:
                 break
             self._attend(batch, i, kv_pool, rows, team)
-            layer.feed_forward(rows, eps, team)
+            layer.feed_forward(rows, buffers.experts, eps, team)
             if i < self.num_deepstack:
                 np.add(rows.x_array, rows.delta_array, out=rows.x_array)
                 for row, span in batch.embeddings:
@@ -87,7 +88,7 @@ class TextModel:
             index = torch.from_numpy(batch.sampled_rows)
             torch.index_select(rows.x, 0, index, out=chosen.x)
             torch.index_select(rows.attended, 0, index, out=chosen.attended)
-        self._layers[last].feed_forward(chosen, eps, team)
+        self._layers[last].feed_forward(chosen, buffers.experts, eps, team)
         if last < self.num_deepstack:
             self._deepstack_sampled(batch, chosen, (last + 1) * width)
         add_rms_norm(chosen.delta_array, chosen.x_array, self._norm, eps, chosen.normed_array)
@@ -120,7 +121,7 @@ class TextModel:
 
 
 class _Layer:
-    def __init__(self, config: TextConfig, weights: Weights, prefix: str) -> None:
+    def __init__(self, config: TextConfig, layer: int, weights: Weights, prefix: str) -> None:
         self.input_norm = weights.tensor(f"{prefix}input_layernorm.weight").numpy()
         self.post_norm = weights.tensor(f"{prefix}post_attention_layernorm.weight").numpy()
         self.q_norm = weights.tensor(f"{prefix}self_attn.q_norm.weight").numpy()
@@ -129,13 +130,27 @@ class _Layer:
             weights, [f"{prefix}self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")], bias=config.attention_bias
         )
         self._output = Linear(weights, [f"{prefix}self_attn.o_proj"], bias=config.attention_bias)
-        self._gate_up = Linear(weights, [f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"])
-        self._down = Linear(weights, [f"{prefix}mlp.down_proj"])
+        experts = config.experts_of(layer)
+        self._mlp = _Mlp(weights, prefix) if experts is None else Experts(experts, weights, prefix)
 
-    def feed_forward(self, rows: _Rows, eps: float, team: Team | None) -> None:
+    def feed_forward(self, rows: _Rows, memory: ExpertMemory, eps: float, team: Team | None) -> None:
         """From attended heads to the layer's end: x gains the attention's output, `delta` holds what x is still to gain."""
         self._output(rows.attended, rows.delta, team)
         add_rms_norm(rows.delta_array, rows.x_array, self.post_norm, eps, rows.normed_array)
+        if isinstance(self._mlp, _Mlp):
+            self._mlp(rows, team)
+        else:
+            self._mlp(rows.normed, rows.delta, memory, team)
+
+
+class _Mlp:
+    """A dense feed-forward layer, from `normed` to `delta`."""
+
+    def __init__(self, weights: Weights, prefix: str) -> None:
+        self._gate_up = Linear(weights, [f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"])
+        self._down = Linear(weights, [f"{prefix}mlp.down_proj"])
+
+    def __call__(self, rows: _Rows, team: Team | None) -> None:
         self._gate_up(rows.normed, rows.gate_up, team)
         silu_mul(rows.gate_up_array, rows.inner_array)
         self._down(rows.inner, rows.delta, team)
@@ -175,6 +190,7 @@ class Buffers:
         self._memory: dict[str, Tensor] = {}
         self._sampled: Buffers | None = None
         self._logits = torch.empty(0, config.vocab_size)
+        self.experts = ExpertMemory()
 
     def rows(self, num_rows: int) -> _Rows:
         if num_rows > self._capacity:
@@ -207,8 +223,8 @@ class Buffers:
             "qkv": heads + 2 * config.num_kv_heads * config.head_dim,
             "q": heads,
             "attended": heads,
-            "gate_up": 2 * config.intermediate_size,
-            "inner": config.intermediate_size,
+            "gate_up": 2 * config.dense_size,
+            "inner": config.dense_size,
         }
         self._capacity = max(num_rows, 2 * self._capacity if self._capacity < 1024 else num_rows)
         self._memory = {name: torch.empty(self._capacity, width) for name, width in widths.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,7 +49,10 @@ class Placement:
 
 
 class Weights:
-    """The tensors of one role. `tensor(name)` is of the placement's dtype, contiguous, and must not be written to."""
+    """The tensors of one role. `tensor(name)` is of the placement's dtype, contiguous, and must not be written to.
+
+    On a device, packed experts are contiguous as the file has them, which may be [experts, in, out].
+    """
 
     def __init__(
         self,
@@ -85,6 +88,11 @@ class Weights:
                 pieces = torch.split(self._joined[key], [len(part) for part in parts])
                 self._tensors.update(zip(names, pieces, strict=True))
             return self._joined[key]
+
+    def with_turned(self, names: Iterable[str]) -> Weights:
+        """The same, where tensors of these names [n, in, out] are seen as [n, out, in]."""
+        turned = {name: self._tensors[name].transpose(1, 2) for name in names}
+        return Weights(self._tensors | turned, is_shared=self.is_shared, joined=self._joined)
 
     @property
     def num_bytes(self) -> int:
@@ -131,19 +139,24 @@ def _load(
     if load_format == "dummy":
         return _draw(wanted, groups, count, placement)
     entries = _entries(config, Path(folder), wanted)
+    turned = _turned(entries, wanted)
     if placement.is_mapped:
         tensors: dict[str, torch.Tensor] = {}
         for name, entry in entries.items():
-            tensors[name] = entry.read()
+            tensors[name] = entry.read().transpose(1, 2).contiguous() if name in turned else entry.read()
             count(len(tensors), len(entries))
-        return Weights(tensors, is_shared=all(entry.dtype == torch.float32 for entry in entries.values()))
-    weights = _allocate(wanted, groups, placement)
+        is_shared = not turned and all(entry.dtype == torch.float32 for entry in entries.values())
+        return Weights(tensors, is_shared=is_shared)
+    weights = _allocate({name: entry.shape for name, entry in entries.items()}, groups, placement)
     upload(entries, weights.tensor, count)
-    return weights
+    return weights.with_turned(turned)
 
 
 def _entries(config: ModelConfig, folder: Path, wanted: Shapes) -> dict[str, Entry]:
-    """Where the tensors lie. Raises BadCheckpoint unless the folder holds what `config` calls for."""
+    """Where the tensors lie. Raises BadCheckpoint unless the folder holds what `config` calls for.
+
+    Packed experts may be turned.
+    """
     known = text_shapes(config) | (vision_shapes(config.vision) if config.vision else {})
     ignored = {"lm_head.weight"} if config.text.tie_word_embeddings else set()
     checkpoint = Checkpoint(folder)
@@ -155,7 +168,7 @@ def _entries(config: ModelConfig, folder: Path, wanted: Shapes) -> dict[str, Ent
     misshaped = [
         f"{name} is {list(entry.shape)}, not {list(wanted[name])}"
         for name, entry in entries.items()
-        if entry.shape != wanted[name]
+        if entry.shape != wanted[name] and not (len(entry.shape) == 3 and _turn(entry.shape) == wanted[name])
     ]
     faults = [
         f"{kind}: {_some(names)}"
@@ -165,6 +178,16 @@ def _entries(config: ModelConfig, folder: Path, wanted: Shapes) -> dict[str, Ent
     if faults:
         raise BadCheckpoint(f"{folder} does not hold the tensors that its config.json calls for; " + "; ".join(faults))
     return entries
+
+
+def _turned(entries: Mapping[str, Entry], wanted: Shapes) -> set[str]:
+    """Packed experts that are stored [experts, in, out]. Those with as many inputs as outputs are if any others are."""
+    turned = {name for name, entry in entries.items() if entry.shape != wanted[name]}
+    return turned | {name for name, shape in wanted.items() if turned and len(shape) == 3 and shape[1] == shape[2]}
+
+
+def _turn(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], shape[2], shape[1])
 
 
 def _draw(wanted: Shapes, groups: Sequence[Group], count: Progress, placement: Placement) -> Weights:

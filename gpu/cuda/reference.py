@@ -14,6 +14,7 @@ from gpu.cuda.kernels import Chunks, Geometry
 from gpu.cuda.kernels.checks import (
     check_chunk_attention,
     check_copy_blocks,
+    check_experts,
     check_gather_kv,
     check_hash_blocks,
     check_linear,
@@ -94,6 +95,20 @@ class TorchKernels:
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         check_silu_mul(gate_up, out)
         out.copy_(_silu_mul(gate_up.float()))
+
+    def experts(
+        self, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, num_chosen: int, normalizes: bool, out: Tensor
+    ) -> None:
+        check_experts(x, logits, gate_up, down, num_chosen, out)
+        shares, chosen = logits.softmax(dim=-1).topk(num_chosen)
+        if normalizes:
+            shares = shares / shares.sum(dim=-1, keepdim=True)
+        total = torch.zeros(x.shape, device=x.device)
+        for row in range(len(x)):
+            for share, expert in zip(shares[row], chosen[row], strict=True):
+                inner = _silu_mul(gate_up[expert].float() @ x[row].float()).to(x.dtype)
+                total[row] += share * (down[expert].float() @ inner.float()).to(x.dtype)
+        out.copy_(total)
 
     def workspace_floats(self, max_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
         return 0

@@ -5,9 +5,11 @@ Whole blocks are moved by `gpu.copy`, which checks its rows before it hands addr
 
 from __future__ import annotations
 
+from gpu.kernels.choose_experts import choose_experts
 from gpu.kernels.chunk_attention import chunk_attention
 from gpu.kernels.compiler import warm_up
 from gpu.kernels.gather_kv import gather_kv
+from gpu.kernels.mix_rows import mix_rows
 from gpu.kernels.norm import add_rms_norm, rms_norm
 from gpu.kernels.paged_attention import paged_attention
 from gpu.kernels.rope_store import rope_store
@@ -16,8 +18,10 @@ from gpu.kernels.store_kv import store_kv
 
 __all__ = [
     "add_rms_norm",
+    "choose_experts",
     "chunk_attention",
     "gather_kv",
+    "mix_rows",
     "paged_attention",
     "rms_norm",
     "rope_store",

@@ -27,3 +27,8 @@ def check_slots(slots: npt.NDArray[np.int64], num_slots: int) -> None:
 def check_block_ids(block_ids: npt.NDArray[Any], num_blocks: int) -> None:
     if block_ids.size and (block_ids.min() < 0 or block_ids.max() >= num_blocks):
         raise IndexError(f"block ids {block_ids.min()}..{block_ids.max()} are not all inside a pool of {num_blocks} blocks")
+
+
+def check_rows(places: npt.NDArray[Any], num_rows: int) -> None:
+    if places.size and (places.min() < 0 or places.max() >= num_rows):
+        raise IndexError(f"rows {places.min()}..{places.max()} are not all among {num_rows}")

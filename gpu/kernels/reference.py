@@ -77,6 +77,17 @@ def silu_mul(gate_up: Float, out: Float) -> None:
     out[:] = gate / (1 + np.exp(-gate)) * up
 
 
+def choose_experts(logits: Float, normalizes: bool, chosen: Ids, shares: Float) -> None:
+    weights = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    chosen[:] = np.argsort(-logits, axis=1, kind="stable")[:, : chosen.shape[1]]
+    picked = np.take_along_axis(weights, chosen, axis=1)
+    shares[:] = picked / (picked if normalizes else weights).sum(axis=1, keepdims=True)
+
+
+def mix_rows(rows: Float, places: Ids, shares: Float, out: Float) -> None:
+    out[:] = (rows[places].astype(np.float64) * shares[:, :, None]).sum(axis=1)
+
+
 def rope_store(
     qkv: Float,
     q_weight: Float,

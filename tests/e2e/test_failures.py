@@ -141,6 +141,38 @@ async def disturb(url: str, of: Sequence[Case], wanted: dict[str, Said], at: int
         got = await asyncio.gather(*(stream(client, case, trigger) for case in of))
     assert trigger.task is not None, "the streams ended before the middle"
     await trigger.task
+    compare(of, wanted, got)
+
+
+async def disturb_who_has_work(
+    pairs: ProcessCluster, of: Sequence[Case], wanted: dict[str, Said], role: str, act: Callable[[int], object]
+) -> tuple[str, int]:
+    """As `disturb`, but act on a worker that has been given work of that stage and has done none of it; its name and process.
+
+    All workers of the stage are stopped before the requests come; the others of them then go on.
+    """
+    pids = {name: pid for name, pid in pairs.workers().items() if name.startswith(role)}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGSTOP)
+
+    def busy() -> list[str]:
+        return [worker["worker"] for worker in pairs.describe()["workers"] for stage in worker["stages"] if is_given(stage)]
+
+    def is_given(stage: dict[str, Any]) -> bool:
+        return bool(stage["role"] == role and stage["num_given"])
+
+    async with session(pairs.url) as client:
+        streams = asyncio.gather(*(stream(client, case, Trigger(-1, lambda: None)) for case in of))
+        await asyncio.to_thread(wait_until, lambda: bool(busy()), f"work for {role}")
+        victim = busy()[0]
+        act(pids[victim])
+        for name in pids.keys() - {victim}:
+            os.kill(pids[name], signal.SIGCONT)
+        compare(of, wanted, await streams)
+    return victim, pids[victim]
+
+
+def compare(of: Sequence[Case], wanted: dict[str, Said], got: Sequence[tuple[str, str, int]]) -> None:
     for case, said in zip(of, got, strict=True):
         should = wanted[case.name]
         assert said == (should.choices[0].text, should.choices[0].finish_reason, should.num_output_tokens), case.name
@@ -165,26 +197,31 @@ def check_nothing_left_of(pools: set[int], cluster: ProcessCluster) -> None:
         assert "/dev/shm" not in Path(f"/proc/{pid}/maps").read_text()
 
 
-@pytest.mark.parametrize(
-    ("victim", "of", "is_stuck_first"),
-    [("decode-0", LONG, False), ("prefill-1", PROMPTS, True), ("encode-0", IMAGES, True), ("encode-1", LONG, False)],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-async def test_a_killed_worker(
-    pairs: ProcessCluster, wanted: dict[str, Said], victim: str, of: Sequence[Case], is_stuck_first: bool
-) -> None:
-    """`is_stuck_first`: the victim is stopped before the requests come, so that it surely has some of them when it dies."""
+@pytest.mark.parametrize("victim", ["decode-0", "encode-1"])
+async def test_a_killed_worker(pairs: ProcessCluster, wanted: dict[str, Said], victim: str) -> None:
     pid = pairs.workers()[victim]
     pools = own_pools(pid)
     assert pools
     before = num_retries(pairs)
-    if is_stuck_first:
-        os.kill(pid, signal.SIGSTOP)
-    await disturb(pairs.url, of, wanted, at=40 if not is_stuck_first else 1, act=lambda: os.kill(pid, signal.SIGKILL))
-    if of is not LONG or victim.startswith("decode"):
+    await disturb(pairs.url, LONG, wanted, at=40, act=lambda: os.kill(pid, signal.SIGKILL))
+    if victim.startswith("decode"):
         assert num_retries(pairs) > before
     await asyncio.to_thread(pairs.wait_for_workers, WORKERS, other_than=[pid])
     check_nothing_left_of(pools, pairs)
+    pairs.wait_until_idle()
+
+
+@pytest.mark.parametrize(("role", "of"), [("prefill", PROMPTS), ("encode", IMAGES)], ids=["prefill", "encode"])
+async def test_a_worker_killed_with_work_ahead(
+    pairs: ProcessCluster, wanted: dict[str, Said], role: str, of: Sequence[Case]
+) -> None:
+    pools = {pid: own_pools(pid) for pid in pairs.workers().values()}
+    before = num_retries(pairs)
+    _, pid = await disturb_who_has_work(pairs, of, wanted, role, lambda pid: os.kill(pid, signal.SIGKILL))
+    assert num_retries(pairs) > before
+    await asyncio.to_thread(pairs.wait_for_workers, WORKERS, other_than=[pid])
+    assert pools[pid]
+    check_nothing_left_of(pools[pid], pairs)
     pairs.wait_until_idle()
 
 
@@ -218,23 +255,33 @@ async def test_a_killed_gateway_is_back_and_has_its_workers(pairs: ProcessCluste
 # --- a worker that hangs --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("victim", "of", "at"), [("decode-1", LONG, 40), ("prefill-0", PROMPTS, 1)], ids=["decode", "prefill"])
-async def test_a_worker_that_hangs(
-    pairs: ProcessCluster, wanted: dict[str, Said], victim: str, of: Sequence[Case], at: int
-) -> None:
+async def test_a_worker_that_hangs(pairs: ProcessCluster, wanted: dict[str, Said]) -> None:
     """Its heartbeats are missed; its requests go on elsewhere. When it wakes up it is a member again, with nothing left in it."""
-    pid = pairs.workers()[victim]
-    if at == 1:
-        os.kill(pid, signal.SIGSTOP)
+    pid = pairs.workers()["decode-1"]
     before = num_retries(pairs)
     try:
-        await disturb(pairs.url, of, wanted, at=at, act=lambda: os.kill(pid, signal.SIGSTOP))
+        await disturb(pairs.url, LONG, wanted, at=40, act=lambda: os.kill(pid, signal.SIGSTOP))
+        assert num_retries(pairs) > before
+        assert "decode-1" not in pairs.workers()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    await check_back(pairs, "decode-1", pid)
+
+
+async def test_a_worker_that_hangs_with_work_ahead(pairs: ProcessCluster, wanted: dict[str, Said]) -> None:
+    before = num_retries(pairs)
+    victim, pid = await disturb_who_has_work(pairs, PROMPTS, wanted, "prefill", lambda pid: None)
+    try:
         assert num_retries(pairs) > before
         assert victim not in pairs.workers()
     finally:
         os.kill(pid, signal.SIGCONT)
+    await check_back(pairs, victim, pid)
+
+
+async def check_back(pairs: ProcessCluster, worker: str, pid: int) -> None:
     await asyncio.to_thread(pairs.wait_for_workers, WORKERS)
-    assert pairs.workers()[victim] == pid
+    assert pairs.workers()[worker] == pid
     pairs.wait_until_idle()
 
 

@@ -14,7 +14,16 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from epd.model.config import ModelConfig, load_model_config
 from epd.model.positions import mrope_next, mrope_positions
@@ -43,6 +52,10 @@ class Case:
     tied: bool = False
     image_sizes: tuple[tuple[int, int], ...] = ()  # width, height
 
+    @property
+    def has_experts(self) -> bool:
+        return "num_experts" in self.text
+
 
 def _text(layers: int, hidden: int, heads: int, kv_heads: int, dim: int, inner: int, **more: Any) -> dict[str, Any]:
     return {
@@ -57,6 +70,10 @@ def _text(layers: int, hidden: int, heads: int, kv_heads: int, dim: int, inner: 
         "initializer_range": 0.3,
         **more,
     }
+
+
+def _experts(count: int, chosen: int, inner: int, **more: Any) -> dict[str, Any]:
+    return {"num_experts": count, "num_experts_per_tok": chosen, "moe_intermediate_size": inner, **more}
 
 
 def _rope(theta: float, section: list[int]) -> dict[str, Any]:
@@ -120,6 +137,19 @@ CASES = (
         _text(2, 64, 4, 4, 16, 96, **_rope(10000.0, [3, 3, 2])),
         _vision(3, 32, 2, 48, [0, 1], merge=2, patch=6, table=16),
         image_sizes=((301, 45), (5, 8)),
+    ),
+    Case("moe-2-of-8", _text(3, 32, 4, 2, 16, 48, **_experts(8, 2, 24, norm_topk_prob=True))),
+    Case(
+        "moe-every-other-layer",
+        _text(4, 48, 6, 2, 16, 80, **_experts(5, 3, 40, norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[3])),
+        tied=True,
+    ),
+    Case(
+        "vl-moe-4-of-16",
+        _text(3, 32, 4, 2, 32, 64, **_rope(10000.0, [6, 5, 5]), **_experts(16, 4, 16)),
+        _vision(3, 32, 4, 64, [1, 2], merge=2, patch=8, table=64),
+        tied=True,
+        image_sizes=((64, 64), (37, 91)),
     ),
 )
 CASE_NAMES = [case.name for case in CASES]
@@ -357,13 +387,18 @@ def _make_reference(case: Case, folder: Path) -> Any:
     torch.manual_seed(sum(map(ord, case.name)))
     if case.vision:
         vision = {**case.vision, "out_hidden_size": case.text["hidden_size"]}
-        config = Qwen3VLConfig(
-            text_config={**case.text, "tie_word_embeddings": case.tied},
-            vision_config=vision,
-            tie_word_embeddings=case.tied,
+        options = {
+            "text_config": {**case.text, "tie_word_embeddings": case.tied},
+            "vision_config": vision,
+            "tie_word_embeddings": case.tied,
             **TOKENS,
-        )
-        model = Qwen3VLForConditionalGeneration(config)
+        }
+        if case.has_experts:
+            model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**options))
+        else:
+            model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**options))
+    elif case.has_experts:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**case.text, tie_word_embeddings=case.tied))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**case.text, tie_word_embeddings=case.tied))
     for name, parameter in model.named_parameters():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from epd.errors import BadCheckpoint, BadConfig
-from epd.model.config import load_model_config
+from epd.model.config import ExpertsConfig, load_model_config
 from tests.model.reference import Model
 
 # As published on the hub for Qwen/Qwen3-VL-2B-Instruct and Qwen/Qwen3-0.6B, shortened to what matters.
@@ -86,6 +86,55 @@ HUB_TEXT: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+
+
+_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1}
+# As Qwen/Qwen3-30B-A3B and Qwen/Qwen3-VL-30B-A3B-Instruct have them.
+HUB_EXPERTS: dict[str, Any] = {
+    **HUB_TEXT,
+    **_EXPERTS,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
+HUB_VL_EXPERTS: dict[str, Any] = {
+    **HUB_VL,
+    "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+    "text_config": {**HUB_VL["text_config"], **_EXPERTS, "norm_topk_prob": True},
+}
+
+
+def test_reads_models_with_experts_of_the_hub(tmp_path: Path) -> None:
+    _write(tmp_path, HUB_EXPERTS)
+    separate = load_model_config(tmp_path).text
+    assert separate.experts == ExpertsConfig(128, 8, 768, normalizes=True, is_packed=False, layers=tuple(range(28)))
+    assert separate.dense_size == 0
+    _write(tmp_path, HUB_VL_EXPERTS, preprocessor_config=HUB_PREPROCESSOR)
+    packed = load_model_config(tmp_path).text
+    assert packed.experts is not None
+    assert packed.experts.is_packed
+    assert packed.rope_theta == 5e6
+
+
+def test_which_layers_have_experts(tmp_path: Path) -> None:
+    _write(tmp_path, {**HUB_EXPERTS, "decoder_sparse_step": 3, "mlp_only_layers": [5, 6]})
+    text = load_model_config(tmp_path).text
+    assert text.experts is not None
+    assert text.experts.layers == (2, 8, 11, 14, 17, 20, 23, 26)
+    assert text.experts_of(8) is text.experts
+    assert text.experts_of(5) is None
+    assert text.dense_size == text.intermediate_size
+
+
+def test_what_transformers_writes_of_experts(tmp_path: Path) -> None:
+    """Another name, and no width of heads."""
+    fields = {**HUB_EXPERTS, "num_local_experts": 64, "hidden_size": 1280, "norm_topk_prob": False}
+    del fields["num_experts"], fields["head_dim"]
+    _write(tmp_path, fields)
+    text = load_model_config(tmp_path).text
+    assert text.experts is not None
+    assert (text.experts.num_experts, text.experts.normalizes) == (64, False)
+    assert text.head_dim == 80
 
 
 def test_reads_a_vision_language_model_of_the_hub(tmp_path: Path) -> None:
@@ -173,7 +222,12 @@ def _changed(base: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     [
         (HUB_TEXT, "architectures", ["LlamaForCausalLM"], "LlamaForCausalLM; this version runs Qwen3VL"),
         (HUB_TEXT, "architectures", [], "no architecture"),
-        (HUB_TEXT, "architectures", ["Qwen3MoeForCausalLM"], "Qwen3MoeForCausalLM"),
+        (HUB_TEXT, "architectures", ["Qwen3NextForCausalLM"], "Qwen3NextForCausalLM"),
+        (HUB_EXPERTS, "num_experts_per_tok", 129, "cannot have 129 of 128 experts"),
+        (HUB_EXPERTS, "num_experts", None, "num_experts must be an integer"),
+        (HUB_EXPERTS, "moe_intermediate_size", 0, "moe_intermediate_size"),
+        (HUB_EXPERTS, "mlp_only_layers", "all", "mlp_only_layers must be numbers of layers"),
+        (HUB_VL_EXPERTS, "text_config.norm_topk_prob", False, "norm_topk_prob"),
         (HUB_TEXT, "quantization_config", {"quant_method": "fp8"}, "quantization_config"),
         (HUB_TEXT, "hidden_act", "gelu", "hidden_act = 'gelu'"),
         (HUB_TEXT, "use_sliding_window", True, "use_sliding_window"),

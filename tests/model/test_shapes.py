@@ -18,7 +18,9 @@ TEXT_NAMES = [case.name for case in CASES if not case.vision]
 @pytest.mark.parametrize("name", TEXT_NAMES)
 def test_attention_as_a_share_of_linear_layers(name: str, model_of: Callable[[str], Model]) -> None:
     model = model_of(name)
-    theirs = AutoModelForCausalLM.from_pretrained(model.folder, attn_implementation="eager").model.eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        model.folder, attn_implementation="eager", experts_implementation="eager"
+    ).model.eval()
 
     def arithmetic(num_tokens: int) -> int:
         """Of a prompt: b L + a L^2, since eager attention computes every pair, masked or not."""

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from epd.errors import BadCheckpoint, BadConfig
 from epd.model.config import load_model_config
-from epd.model.shapes import text_groups, text_shapes, vision_shapes
+from epd.model.shapes import expert_groups, text_groups, text_shapes, vision_shapes
 from epd.model.weights import Placement, Weights, load_text_weights, load_vision_weights
 from tests.model.reference import Model
 
 Tensors = dict[str, torch.Tensor]
 VL = "vl-deepstack2-tied"
 TEXT = "qwen3-mha-bias"
+EXPERTS, VL_EXPERTS = "moe-every-other-layer", "vl-moe-4-of-16"
 MAPPED, READ = Placement(), Placement("cpu", "bfloat16")  # READ takes the way to a device
 
 
@@ -38,7 +39,7 @@ def copy_of(model_of: Callable[[str], Model], tmp_path: Path) -> Callable[..., P
     return make
 
 
-@pytest.mark.parametrize("name", [VL, TEXT])
+@pytest.mark.parametrize("name", [VL, TEXT, EXPERTS, VL_EXPERTS])
 def test_tensors_are_those_of_the_file(name: str, model_of: Callable[[str], Model]) -> None:
     model = model_of(name)
     expected = load_file(model.folder / "model.safetensors")
@@ -58,6 +59,49 @@ def test_float32_is_a_view_of_the_file_and_others_are_converted(copy_of: Callabl
     for name, tensor in original.items():
         assert weights.tensor(name).dtype == torch.float32
         assert torch.equal(weights.tensor(name), tensor.to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("placement", [MAPPED, READ], ids=["mapped", "read"])
+def test_packed_experts_may_be_turned(
+    placement: Placement, copy_of: Callable[..., Path], model_of: Callable[[str], Model]
+) -> None:
+    """As published: [experts, in, out]. Here gate and up have as many outputs as inputs, and only down shows it."""
+    expected, config = load_file(model_of(VL_EXPERTS).folder / "model.safetensors"), model_of(VL_EXPERTS).config
+    folder = copy_of(VL_EXPERTS, _turn_experts)
+    weights = load_text_weights(config, folder, placement=placement)
+    assert not weights.is_shared
+    packed = [name for name in text_shapes(config) if name.endswith(("gate_up_proj", "down_proj"))]
+    assert len(packed) == 2 * config.text.num_layers
+    for name in text_shapes(config):
+        assert torch.equal(weights.tensor(name), expected[name].to(placement.torch_dtype)), name
+        assert weights.tensor(name).is_contiguous() == (placement.is_mapped or name not in packed)
+
+
+def test_packed_experts_of_another_shape_are_refused(copy_of: Callable[..., Path]) -> None:
+    name = "model.language_model.layers.0.mlp.experts.down_proj"
+    folder = copy_of(VL_EXPERTS, lambda tensors: tensors | {name: tensors[name][:, :, 1:].contiguous()})
+    with pytest.raises(BadCheckpoint, match=r"layers\.0\.mlp\.experts\.down_proj is \[16, 32, 15\], not \[16, 32, 16\]"):
+        load_text_weights(load_model_config(folder), folder)
+
+
+def test_experts_of_a_layer_lie_one_below_the_other_on_a_device(model_of: Callable[[str], Model]) -> None:
+    model = model_of(EXPERTS)
+    experts = model.config.text.experts
+    assert experts is not None
+    weights = load_text_weights(model.config, model.folder, placement=READ)
+    gate_up, down = (weights.joined(names) for names in expert_groups(experts, f"model.layers.{experts.layers[0]}."))
+    assert gate_up is not None
+    assert down is not None
+    assert gate_up.shape == (experts.num_experts * 2 * experts.intermediate_size, model.config.text.hidden_size)
+    third = f"model.layers.{experts.layers[0]}.mlp.experts.2."
+    size = experts.intermediate_size
+    assert torch.equal(gate_up[5 * size : 6 * size], weights.tensor(f"{third}up_proj.weight"))
+    assert torch.equal(down[2 * 48 : 3 * 48], weights.tensor(f"{third}down_proj.weight"))
+
+
+def _turn_experts(tensors: Tensors) -> Tensors:
+    packed = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 3}
+    return tensors | {name: tensor.transpose(1, 2).contiguous() for name, tensor in packed.items()}
 
 
 def test_shards_that_a_role_does_not_need_are_not_opened(copy_of: Callable[..., Path]) -> None:

@@ -58,7 +58,7 @@ class Buffers:
         self._kernels, self._device, self._dtype = kernels, device, dtype
         heads, kv_heads = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
         self._attention = {"qkv": heads + 2 * kv_heads, "q": heads, "attended": heads} if attends else {"attended": heads}
-        self._feed_forward = {"gate_up": 2 * text.intermediate_size, "inner": text.intermediate_size}
+        self._feed_forward = {"gate_up": 2 * text.dense_size, "inner": text.dense_size}
         self._is_fixed = max_rows > 0
         self._capacity = self._num_workspace_rows = 0
         self._rows: dict[int, Rows] = {}

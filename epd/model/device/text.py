@@ -13,27 +13,17 @@ it seldom matters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from epd.model.config import ModelConfig, TextConfig
+from epd.model.config import ModelConfig
 from epd.model.device.buffers import Buffers, Rows
+from epd.model.device.layers import Experts, Layer, Source, TensorSource, project
 from epd.model.rope import rope_frequencies
 from epd.model.shapes import text_prefix
 from gpu.cuda.kernels import Chunks, Geometry, Kernels
-
-
-class TensorSource(Protocol):
-    """Where weights come from."""
-
-    def tensor(self, name: str) -> Tensor: ...
-
-    def joined(self, names: Sequence[str]) -> Tensor | None:
-        """The tensors one below the other, or None where the caller is to join them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +58,7 @@ class DeviceTextModel:
     ) -> None:
         """Weights that are not on `device` in `dtype` yet are brought there."""
         text, prefix = config.text, text_prefix(config)
-        source = _Source(weights, torch.device(device), dtype)
+        source = Source(weights, torch.device(device), dtype)
         self.config = text
         self.num_deepstack = config.num_deepstack
         self.device = torch.device(device)
@@ -77,7 +67,7 @@ class DeviceTextModel:
         self._embed = source.tensor(f"{prefix}embed_tokens.weight")
         self._norm = source.tensor(f"{prefix}norm.weight")
         self._head = self._embed if text.tie_word_embeddings else source.tensor("lm_head.weight")
-        self._layers = [_Layer(text, source, f"{prefix}layers.{i}.") for i in range(text.num_layers)]
+        self._layers = [Layer(text, i, source, f"{prefix}layers.{i}.") for i in range(text.num_layers)]
         frequencies, axes = rope_frequencies(text)
         self._frequencies, self._axes = torch.from_numpy(frequencies).to(device), torch.from_numpy(axes).to(device)
         self._scale = text.head_dim**-0.5
@@ -93,6 +83,7 @@ class DeviceTextModel:
             num_kv_heads=text.num_kv_heads,
             head_dim=text.head_dim,
             block_size=block_size,
+            experts=next((layer.mlp.geometry for layer in self._layers if isinstance(layer.mlp, Experts)), None),
         )
 
     def buffers(self, max_rows: int = 0) -> Buffers:
@@ -102,8 +93,8 @@ class DeviceTextModel:
     @property
     def max_fused_rows(self) -> int:
         """Up to so many rows `forward_fused` takes; 0 where these kernels or these weights are not for it."""
-        has_bias = self.config.attention_bias
-        return 0 if self.kernels.fused is None or has_bias else self.kernels.fused.max_rows
+        is_plain = not self.config.attention_bias and self.config.experts is None
+        return self.kernels.fused.max_rows if self.kernels.fused is not None and is_plain else 0
 
     @torch.inference_mode()
     def forward(self, inputs: Inputs, drawn: Tensor, kv_pool: Tensor, buffers: Buffers) -> Tensor:
@@ -152,8 +143,8 @@ class DeviceTextModel:
             )
             self._attend(inputs, i, kv_pool, rows, buffers.workspace)
             fused.linear_add(rows.attended, layer.output.weight, rows.x)
-            fused.norm_silu_mul(rows.x, layer.post_norm, eps, layer.gate_up.weight, rows.inner)
-            fused.linear_add(rows.inner, layer.down.weight, rows.x)
+            fused.norm_silu_mul(rows.x, layer.post_norm, eps, layer.dense.gate_up.weight, rows.inner)
+            fused.linear_add(rows.inner, layer.dense.down.weight, rows.x)
         logits = buffers.logits(inputs.num_sampled)
         fused.norm_linear(rows.x, self._norm, eps, self._head, logits)
         return logits
@@ -180,13 +171,11 @@ class DeviceTextModel:
             q, out = rows.q[count:], rows.attended_heads[count:]
             self.kernels.varlen_chunk_attention(q, kv_pool, layer, inputs.chunks, self._scale, out)
 
-    def _feed_forward(self, layer: _Layer, rows: Rows) -> None:
+    def _feed_forward(self, layer: Layer, rows: Rows) -> None:
         """From attended heads to the layer's end: x gains the attention's output, `delta` holds what x is still to gain."""
         layer.output(rows.attended, rows.delta)
         self.kernels.add_rms_norm(rows.delta, rows.x, layer.post_norm, self.config.rms_norm_eps, rows.normed)
-        layer.gate_up(rows.normed, rows.gate_up)
-        self.kernels.silu_mul(rows.gate_up, rows.inner)
-        layer.down(rows.inner, rows.delta)
+        layer.mlp(self.kernels, rows)
 
     def _finish(self, inputs: Inputs, kv_pool: Tensor, buffers: Buffers, rows: Rows) -> Tensor:
         """The last layer, its KV stored. Only rows that sample matter from here on; a chunk amid a prompt has none."""
@@ -205,7 +194,7 @@ class DeviceTextModel:
         if deepstack is not None:
             chosen.x.add_(deepstack)
         self.kernels.add_rms_norm(chosen.delta, chosen.x, self._norm, self.config.rms_norm_eps, chosen.normed)
-        _project(chosen.normed, self._head, logits)
+        project(chosen.normed, self._head, logits)
         return logits
 
     def _last_deepstack(self, inputs: Inputs, rows: Rows) -> Tensor | None:
@@ -221,57 +210,3 @@ class DeviceTextModel:
         width = self.config.hidden_size
         for row, embedding in inputs.embeddings:
             x[row : row + len(embedding)] += embedding[:, (layer + 1) * width : (layer + 2) * width]
-
-
-class _Layer:
-    def __init__(self, config: TextConfig, source: _Source, prefix: str) -> None:
-        self.input_norm = source.tensor(f"{prefix}input_layernorm.weight")
-        self.post_norm = source.tensor(f"{prefix}post_attention_layernorm.weight")
-        self.q_norm = source.tensor(f"{prefix}self_attn.q_norm.weight")
-        self.k_norm = source.tensor(f"{prefix}self_attn.k_norm.weight")
-        attention, has_bias = f"{prefix}self_attn.", config.attention_bias
-        self.qkv = _Linear(source, [f"{attention}{name}_proj" for name in "qkv"], bias=has_bias)
-        self.output = _Linear(source, [f"{attention}o_proj"], bias=has_bias)
-        self.gate_up = _Linear(source, [f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"])
-        self.down = _Linear(source, [f"{prefix}mlp.down_proj"])
-
-
-class _Linear:
-    """x @ weight.T + bias of the weights named, side by side: their outputs follow each other in a row."""
-
-    def __init__(self, source: _Source, names: Sequence[str], *, bias: bool = False) -> None:
-        self.weight = source.joined([f"{name}.weight" for name in names])
-        self._bias = torch.cat([source.tensor(f"{name}.bias") for name in names]) if bias else None
-
-    def __call__(self, x: Tensor, out: Tensor) -> None:
-        """x [n, in] -> out [n, out]"""
-        if self._bias is None:
-            torch.mm(x, self.weight.t(), out=out)
-        else:
-            torch.addmm(self._bias, x, self.weight.t(), out=out)
-
-
-class _Source:
-    """Weights on one device in one dtype, where they are already if whoever loaded them knew."""
-
-    def __init__(self, weights: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
-        self._weights, self._device, self._dtype = weights, device, dtype
-
-    def tensor(self, name: str) -> Tensor:
-        return self._weights.tensor(name).to(self._device, self._dtype)
-
-    def joined(self, names: Sequence[str]) -> Tensor:
-        joined = self._weights.joined(names)
-        if joined is None:
-            return torch.cat([self.tensor(name) for name in names])
-        return joined.to(self._device, self._dtype)
-
-
-def _project(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = x @ weight.T in float32, of factors in any dtype, the sum not rounded to theirs."""
-    if x.dtype == torch.float32:
-        torch.mm(x, weight.t(), out=out)
-    elif x.is_cuda:
-        torch.mm(x, weight.t(), torch.float32, out=out)
-    else:
-        torch.mm(x.float(), weight.float().t(), out=out)

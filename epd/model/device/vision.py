@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from epd.model.config import ImageConfig, VisionConfig
-from epd.model.device.text import TensorSource
+from epd.model.device.layers import TensorSource
 from epd.model.device.vision_attention import Kernel, Sequences, dense
 from epd.model.preprocess import normalized_levels
 

@@ -2,8 +2,8 @@
 
 Sets of kernels: `gpu.cuda.reference.TorchKernels` (plain torch, the twin that tests compare with), `NumbaKernels` here beside,
 and whatever else is written behind the same interface. All take torch tensors, run on torch's current stream, check shapes,
-dtypes and strides on the host, never read a value of the device, never wait for it, and, but for attention of chunks, never
-allocate: so they can be captured in a CUDA graph after one call with the same shapes.
+dtypes and strides on the host, never read a value of the device, never wait for it, and, but for attention of chunks and experts,
+never allocate: so they can be captured in a CUDA graph after one call with the same shapes.
 
 T tokens, S sequences, D head_dim. `dtype` below is one dtype for a whole call: bfloat16 on a device, also float32 in tests.
 Sums are float32 (or better), each result is rounded once. Tensors are contiguous unless something else is said. Raises
@@ -25,7 +25,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Chunks", "FusedLinear", "Geometry", "Kernels"]
+__all__ = ["Chunks", "ExpertGeometry", "FusedLinear", "Geometry", "Kernels"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertGeometry:
+    num_experts: int
+    num_chosen: int
+    intermediate_size: int
+    normalizes: bool
+    is_turned: bool  # weights lie [experts, in, out]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,7 @@ class Geometry:
     head_dim: int
     block_size: int
     has_qk_norm: bool = True
+    experts: ExpertGeometry | None = None  # None: no layer has any
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +147,26 @@ class Kernels(Protocol):
         """out = silu(gate) * up, gate the left and up the right half of each row (Shazeer 2020).
 
         gate_up: dtype [T, 2 I]; out: dtype [T, I].
+        """
+
+    def experts(
+        self,
+        x: Tensor,
+        logits: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        num_chosen: int,
+        normalizes: bool,
+        out: Tensor,
+    ) -> None:
+        """out[t] = sum over the experts e that row t finds most probable of share * down[e] @ silu_mul(gate_up[e] @ x[t]).
+
+        Shares are softmax(logits[t]), of which `normalizes` makes those of the `num_chosen` add up to 1 (Shazeer et al. 2017).
+        What an expert makes of a row is rounded to dtype, as is what lies between its products; rows that are not numbers make
+        no other row wrong. May take temporary memory from torch's allocator.
+
+        x, out: dtype [T, H], not the same tensor; logits: float32 [T, E]; gate_up: dtype [E, 2 I, H], gate's rows above up's;
+        down: dtype [E, H, I]; of the two, each expert's matrix is contiguous, or would be if its dimensions changed places.
         """
 
     def workspace_floats(self, max_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:

@@ -91,6 +91,23 @@ def check_silu_mul(gate_up: Tensor, out: Tensor) -> None:
     expect(gate_up, (out.shape[0], 2 * out.shape[1]), out.dtype, "gate_up", like=out)
 
 
+def check_experts(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, num_chosen: int, out: Tensor) -> None:
+    for tensor, dims, name in ((x, 2, "x"), (logits, 2, "logits"), (gate_up, 3, "gate_up"), (down, 3, "down")):
+        _expect_dims(tensor, dims, name)
+    _expect_float(x, "x")
+    (num_rows, width), num_experts, inner = x.shape, logits.shape[1], down.shape[2]
+    expect(x, (num_rows, width), x.dtype, "x", like=x)
+    expect(out, (num_rows, width), x.dtype, "out", like=x)
+    expect(logits, (num_rows, num_experts), torch.float32, "logits", like=x)
+    if not 1 <= num_chosen <= num_experts:
+        raise ValueError(f"{num_chosen} of {num_experts} experts")
+    for name, weight, shape in (("gate_up", gate_up, (2 * inner, width)), ("down", down, (width, inner))):
+        if tuple(weight.shape) != (num_experts, *shape):
+            raise ValueError(f"{name} is {tuple(weight.shape)} and not {(num_experts, *shape)}")
+        one = weight[0] if weight[0].is_contiguous() else weight[0].t()
+        expect(one, tuple(one.shape), x.dtype, f"one expert's {name}", like=x)
+
+
 def check_paged_attention(
     q: Tensor,
     kv_pool: Tensor,

@@ -7,6 +7,7 @@ import torch
 from gpu.cuda.kernels import Geometry
 from gpu.cuda.kernels.chunk_attention import chunk_attention, varlen_chunk_attention
 from gpu.cuda.kernels.copy_blocks import copy_blocks, hash_blocks
+from gpu.cuda.kernels.experts import experts
 from gpu.cuda.kernels.gather_kv import gather_kv
 from gpu.cuda.kernels.paged_attention import paged_attention, workspace_floats
 from gpu.cuda.kernels.rms_norm import add_rms_norm, rms_norm
@@ -25,6 +26,7 @@ class NumbaKernels:
     add_rms_norm = staticmethod(add_rms_norm)
     rope_store = staticmethod(rope_store)
     silu_mul = staticmethod(silu_mul)
+    experts = staticmethod(experts)
     workspace_floats = staticmethod(workspace_floats)
     paged_attention = staticmethod(paged_attention)
     chunk_attention = staticmethod(chunk_attention)

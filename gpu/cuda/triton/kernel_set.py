@@ -11,6 +11,7 @@ from torch import Tensor
 from gpu.cuda.kernels import Chunks, FusedLinear, Geometry
 from gpu.cuda.triton.chunk_attention import chunk_attention, varlen_chunk_attention
 from gpu.cuda.triton.copy_blocks import copy_blocks, hash_blocks
+from gpu.cuda.triton.experts import experts
 from gpu.cuda.triton.fused_linear import TritonFusedLinear
 from gpu.cuda.triton.gather_kv import gather_kv
 from gpu.cuda.triton.norm import add_rms_norm, rms_norm
@@ -72,6 +73,11 @@ class TritonKernels:
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         silu_mul(gate_up, out)
+
+    def experts(
+        self, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, num_chosen: int, normalizes: bool, out: Tensor
+    ) -> None:
+        experts(x, logits, gate_up, down, num_chosen, normalizes, out)
 
     def workspace_floats(self, max_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
         return workspace_floats(max_seqs, num_heads, num_kv_heads, head_dim, self._num_sms)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from gpu.cuda.kernels import Chunks, FusedLinear, Geometry, Kernels
+from gpu.cuda.kernels import Chunks, ExpertGeometry, FusedLinear, Geometry, Kernels
+from gpu.cuda.triton.experts import SHAPES
 
 _MAX_CHUNK = 4096  # tokens: longer chunks are cut into the same tiles
 
@@ -15,6 +16,8 @@ _MAX_CHUNK = 4096  # tokens: longer chunks are cut into the same tiles
 def launch_everything(kernels: Kernels, geometry: Geometry, device: torch.device) -> None:
     """Leaves nothing behind but compiled kernels."""
     _launch_rows(kernels, geometry, device)
+    if geometry.experts is not None:
+        _launch_experts(kernels, geometry, geometry.experts, device)
     _launch_attention(kernels, geometry, device)
     _launch_blocks(kernels, device)
 
@@ -32,6 +35,22 @@ def _launch_rows(kernels: Kernels, geometry: Geometry, device: torch.device) -> 
     q = torch.zeros((1, g.num_heads, g.head_dim), dtype=g.dtype, device=device)
     slots = torch.zeros(1, dtype=torch.int64, device=device)
     kernels.rope_store(qkv, norm, norm, 1e-6, angles, angles, _pool(g, 1, device), 0, slots, q)
+
+
+def _launch_experts(kernels: Kernels, geometry: Geometry, experts: ExpertGeometry, device: torch.device) -> None:
+    """All experts lie in the memory of one."""
+    e, width = experts, geometry.hidden_size
+
+    def weight(num_columns: int, num_inputs: int) -> torch.Tensor:
+        one = torch.zeros((num_columns, num_inputs), dtype=geometry.dtype, device=device)
+        return (one.view(num_inputs, num_columns).t() if e.is_turned else one).expand(e.num_experts, -1, -1)
+
+    gate_up, down = weight(2 * e.intermediate_size, width), weight(width, e.intermediate_size)
+    for shape in SHAPES:
+        num_rows = max(1, shape.rows * e.num_experts // e.num_chosen)
+        x = torch.zeros((num_rows, width), dtype=geometry.dtype, device=device)
+        logits = torch.zeros((num_rows, e.num_experts), device=device)
+        kernels.experts(x, logits, gate_up, down, e.num_chosen, e.normalizes, torch.empty_like(x))
 
 
 def launch_linear(fused: FusedLinear, geometry: Geometry, device: torch.device) -> None:

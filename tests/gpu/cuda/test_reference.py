@@ -52,6 +52,22 @@ def test_silu_mul() -> None:
     close(out, expected)
 
 
+@pytest.mark.parametrize("normalizes", [False, True], ids=["", "normalizes"])
+def test_experts(normalizes: bool) -> None:
+    x, logits, gate_up, down = normal(5, 12), normal(5, 6, seed=1), normal(6, 16, 12, seed=2), normal(6, 12, 8, seed=3)
+    chosen, shares = np.empty((5, 3), np.int64), np.empty((5, 3), np.float32)
+    cpu.choose_experts(logits.numpy(), normalizes, chosen, shares)
+    parts = np.empty((15, 12), np.float32)
+    for place, expert in enumerate(chosen.ravel()):
+        inner = np.empty((1, 8), np.float32)
+        cpu.silu_mul(x.numpy()[place // 3 : place // 3 + 1] @ gate_up[expert].numpy().T, inner)
+        parts[place] = (inner @ down[expert].numpy().T)[0]
+    out, expected = torch.empty_like(x), np.empty((5, 12), np.float32)
+    cpu.mix_rows(parts, np.arange(15).reshape(5, 3), shares, expected)
+    TWIN.experts(x, logits, gate_up, down, 3, normalizes, out)
+    close(out, expected)
+
+
 def test_rope_store_and_what_it_leaves_alone() -> None:
     num_tokens, num_heads, num_kv_heads, head_dim, block_size = 5, 4, 2, 8, 4
     qkv = normal(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from epd.model.device.graphs import GraphOptions
+from epd.model.device.layers import TensorSource
 from epd.model.device.runner import DeviceTextRunner
-from epd.model.device.text import DeviceTextModel, TensorSource
+from epd.model.device.text import DeviceTextModel
 from epd.model.device.work_queue import WorkQueue
 from epd.model.positions import mrope_next
 from epd.step import PENDING, SampleRequest, SequenceStep, StepOutput, StepPlan

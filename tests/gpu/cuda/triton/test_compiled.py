@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from gpu.cuda.kernels import Chunks, Geometry
+from gpu.cuda.kernels import Chunks, ExpertGeometry, Geometry
 from gpu.cuda.triton import TritonKernels
 from gpu.cuda.triton.fused_linear import TritonFusedLinear
 
@@ -36,6 +36,9 @@ GEOMETRY = Geometry(
     head_dim=128,
     block_size=16,
 )
+# Qwen3-VL-30B-A3B's.
+EXPERTS = ExpertGeometry(num_experts=128, num_chosen=8, intermediate_size=768, normalizes=True, is_turned=True)
+EXPERTS_WIDTH = 2048
 NUM_LAYERS, BLOCK_BYTES = 36, 36 * 2 * 8 * 16 * 128 * 2
 
 
@@ -154,6 +157,17 @@ def launch_transfer(num_blocks: int) -> None:
     kernels.hash_blocks(blocks, ids, ids)
 
 
+def launch_experts(num_rows: int, experts: ExpertGeometry = EXPERTS) -> None:
+    e, kernels, width = experts, TritonKernels(_NUM_SMS), EXPERTS_WIDTH
+    x, logits = empty(num_rows, width), empty(num_rows, e.num_experts, dtype=torch.float32)
+    if e.is_turned:
+        gate_up = empty(e.num_experts, width, 2 * e.intermediate_size).transpose(1, 2)
+        down = empty(e.num_experts, e.intermediate_size, width).transpose(1, 2)
+    else:
+        gate_up, down = empty(e.num_experts, 2 * e.intermediate_size, width), empty(e.num_experts, width, e.intermediate_size)
+    kernels.experts(x, logits, gate_up, down, e.num_chosen, e.normalizes, empty(num_rows, width))
+
+
 def launch_model() -> None:
     for num_seqs, max_blocks in [(1, 64), (3, 2048), (64, 512), (256, 512)]:
         launch_step(num_seqs, max_blocks)
@@ -180,6 +194,28 @@ def test_after_the_warm_up_nothing_is_compiled(launches: list[Launch]) -> None:
     launch_model()
     assert launches
     assert {launch.name for launch in launches if launch.compiled.hash not in warm} == set()
+
+
+@pytest.mark.parametrize("is_turned", [False, True], ids=["as transformers saves them", "as published"])
+def test_experts_fit_spill_nothing_and_use_the_tensor_cores(launches: list[Launch], tmp_path: Path, is_turned: bool) -> None:
+    """After the warm-up nothing is compiled."""
+    experts = replace(EXPERTS, is_turned=is_turned)
+    TritonKernels(_NUM_SMS).warm_up(replace(GEOMETRY, hidden_size=EXPERTS_WIDTH, experts=experts), torch.device("meta"))
+    warm = {launch.compiled.hash for launch in launches}
+    launches.clear()
+    for num_rows in (1, 8, 64, 256, 300, 700, 1500, 8192):
+        launch_experts(num_rows, experts)
+    distinct = {launch.compiled.hash: launch for launch in launches}
+    assert distinct.keys() <= warm
+    for launch in distinct.values():
+        assert launch.shared_bytes <= _SHARED_BYTES, launch
+        assert launch.local_bytes(tmp_path / "kernel") == 0, launch
+    products = [launch for launch in distinct.values() if launch.name == "_multiply_tile"]
+    assert len(products) == 8
+    for launch in products:
+        code = launch.sass(tmp_path / "kernel")
+        assert re.search(r"HGMMA|HMMA", code), launch
+        assert re.search(r"LDGSTS\S*\.128", code), "weights do not come sixteen bytes at a time"
 
 
 def test_a_set_whose_fused_layers_cannot_be_compiled_goes_without(
