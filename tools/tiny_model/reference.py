@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
 
 from tools.tiny_model.tokenizer import IMAGE_PAD
 
@@ -20,7 +20,7 @@ class Reference:
     def __init__(self, folder: Path) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._images = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        self._model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
     def answer(self, messages: list[dict[str, Any]], *, max_tokens: int) -> str:
         """The text after the prompt, without special tokens. Images are data URLs in the messages."""
