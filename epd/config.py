@@ -52,7 +52,7 @@ class EngineConfig:
     embedding_bytes: int
     max_model_len: int
     token_budget: int  # tokens of one prefill step
-    budget_beside_decode: int  # the same while requests decode on the same worker
+    budget_beside_decode: int  # the same while requests decode on the same worker; 0: what suits device and model
     max_chunk_tokens: int  # of one request in one prefill step
     max_running: int  # requests in one decode step
     max_patches: int  # patches of one encode step
@@ -188,7 +188,7 @@ def _serve_config(args: argparse.Namespace) -> ServeConfig:
             embedding_bytes=int(args.embedding_mib * 2**20),
             max_model_len=args.max_model_len,
             token_budget=args.token_budget or limits.token_budget,
-            budget_beside_decode=args.budget_beside_decode or limits.budget_beside_decode,
+            budget_beside_decode=args.budget_beside_decode,
             max_chunk_tokens=args.max_chunk_tokens or limits.max_chunk_tokens,
             max_running=args.max_running or limits.max_running,
             max_patches=args.max_patches or limits.max_patches,

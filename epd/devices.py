@@ -76,6 +76,15 @@ def step_limits(device: str) -> StepLimits:
     return _ON_CPU if device == "cpu" else _ON_GPU
 
 
+def tokens_beside_decode(limits: StepLimits, active_share: float) -> int:
+    """What `budget_beside_decode` is for a model of whose weights a token uses that share.
+
+    Some hundred tokens have all experts read, and make little use of each: with as few as suit a dense model, reading is all that
+    a step does, and one with several times as many takes hardly longer.
+    """
+    return max(limits.budget_beside_decode, min(limits.max_chunk_tokens, round(limits.budget_beside_decode / active_share)))
+
+
 def seats(devices: str, counts: Mapping[str, int], memory_fraction: float) -> dict[str, tuple[Seat, ...]]:
     """The seats of a cluster's workers by kind, in the order of `counts`.
 

@@ -170,7 +170,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
         "--budget-beside-decode",
         type=int,
         default=0,
-        help="tokens of one prefill step while requests decode on the same worker; 0: what suits the device",
+        help="tokens of one prefill step while requests decode on the same worker; 0: what suits device and model",
     )
     sizes.add_argument("--max-chunk-tokens", type=int, default=0, help="tokens of one request in it; 0: what suits the device")
     sizes.add_argument("--max-running", type=int, default=0, help="requests of one decode step; 0: what suits the device")

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epd.devices import Seat, check_device, parse_workers, seats, workers_text
+from epd.devices import (
+    Seat,
+    check_device,
+    parse_workers,
+    seats,
+    step_limits,
+    tokens_beside_decode,
+    workers_text,
+)
 from epd.errors import BadConfig
 
 COUNTS = {"encode": 2, "prefill": 1, "decode": 1}
@@ -42,6 +50,20 @@ def test_one_device_for_all_for_each_stage_or_for_each_worker(devices: str, plac
 def test_another_number_of_devices_is_refused(devices: str) -> None:
     with pytest.raises(BadConfig):
         seats(devices, COUNTS, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("device", "active_share", "tokens"),
+    [
+        ("cuda", 1.0, 512),
+        ("cuda", 0.5, 1024),
+        ("cuda", 0.1, 2048),  # no longer than one request's chunk
+        ("cpu", 1.0, 2048),
+        ("cpu", 0.1, 2048),
+    ],
+)
+def test_beside_decode_few_tokens_unless_they_read_far_more_than_they_use(device: str, active_share: float, tokens: int) -> None:
+    assert tokens_beside_decode(step_limits(device), active_share) == tokens
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""The folder of a model without its weights: Qwen3-VL-8B-Instruct's geometry, for emulated devices and for random weights.
+"""Folders of models without their weights: the geometry of some that are published, for emulated devices and for random weights.
 
-What the numbers are is from the model's published configuration. The tokenizer has as many entries, and no merges: a prompt is
+What the numbers are is from the models' published configurations. The tokenizer has as many entries, and no merges: a prompt is
 one token per byte.
 """
 
@@ -11,9 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from epd.emulated.profile import Profile
 from tools.bench.checkpoint import byte_tokenizer, cache_folder, tokenizer_config, write_json
 
-NAME = "qwen3-vl-8b-geometry"
 VOCAB_SIZE = 151_936
 _SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -111,9 +111,49 @@ _PREPROCESSOR: dict[str, Any] = {
 }
 
 
+# What Qwen3-VL-30B-A3B-Instruct has otherwise.
+_EXPERTS: dict[str, Any] = {
+    "model_type": "qwen3_vl_moe_text",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "qwen3-vl-8b": _CONFIG,
+    "qwen3-vl-30b-a3b": {
+        **_CONFIG,
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "model_type": "qwen3_vl_moe",
+        "text_config": {**_CONFIG["text_config"], **_EXPERTS},
+        "vision_config": {**_CONFIG["vision_config"], "model_type": "qwen3_vl_moe", "out_hidden_size": 2048},
+    },
+}
+
+
+def name_of(geometry: str) -> str:
+    """What the model is called that has no more than this geometry."""
+    return f"{geometry}-geometry"
+
+
+def folder_of(profile: Profile) -> Path:
+    """What the profiled device runs: one of GEOMETRIES, or else the first."""
+    return write_geometry(next((each for each in GEOMETRIES if name_of(each) == profile.model.name), "qwen3-vl-8b"))
+
+
 def qwen3_vl_8b(folder: Path | None = None) -> Path:
-    """The folder, written first where it is not there yet."""
-    folder = folder or cache_folder() / NAME
+    return write_geometry("qwen3-vl-8b", folder)
+
+
+def write_geometry(geometry: str, folder: Path | None = None) -> Path:
+    """The folder of one of GEOMETRIES, written first where it is not there yet."""
+    folder = folder or cache_folder() / name_of(geometry)
     if (folder / "config.json").exists():  # the last file that is written
         return folder
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
@@ -124,7 +164,7 @@ def qwen3_vl_8b(folder: Path | None = None) -> Path:
         write_json(partial / "generation_config.json", {"do_sample": False, "eos_token_id": [_IDS["<|im_end|>"]]})
         write_json(partial / "preprocessor_config.json", _PREPROCESSOR)
         (partial / "chat_template.jinja").write_text(_TEMPLATE)
-        write_json(partial / "config.json", _CONFIG)
+        write_json(partial / "config.json", GEOMETRIES[geometry])
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

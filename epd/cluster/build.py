@@ -17,12 +17,13 @@ from epd.cluster.stack import Report, Stack, open_stack
 from epd.config import ServeConfig
 from epd.decode.actor import DecodeActor
 from epd.decode.scheduler import DecodeConfig, DecodeScheduler
+from epd.devices import step_limits, tokens_beside_decode
 from epd.encode.actor import EncodeActor
 from epd.encode.batcher import EncodeBatcher
 from epd.errors import BadConfig
 from epd.microkernel.system import System
 from epd.model.config import ModelConfig
-from epd.model.shapes import attention_share
+from epd.model.shapes import active_share, attention_share
 from epd.prefill.actor import PrefillActor
 from epd.prefill.config import PrefillConfig
 from epd.prefill.embeddings import EmbeddingFetcher
@@ -96,7 +97,7 @@ class StageParts:
             PrefillConfig(
                 block_size=engine.block_size,
                 token_budget=engine.token_budget,
-                budget_beside_decode=engine.budget_beside_decode,
+                budget_beside_decode=budget_beside_decode(self.config, self.model),
                 max_chunk_tokens=engine.max_chunk_tokens,
                 max_running=engine.max_running,
                 max_model_len=self.sizes.max_model_len,
@@ -190,6 +191,11 @@ class StageParts:
 
     def close(self) -> None:
         self.stack.close()
+
+
+def budget_beside_decode(config: ServeConfig, model: ModelConfig) -> int:
+    """Tokens of a prefill step while requests decode on the same worker."""
+    return config.engine.budget_beside_decode or tokens_beside_decode(step_limits(config.device), active_share(model))
 
 
 def load(config: ServeConfig, folder: Path, model: ModelConfig, report: Report) -> StageParts:

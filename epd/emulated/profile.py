@@ -49,6 +49,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     embedding_row_bytes: int
     weight_bytes: int  # of the language model
     vision_weight_bytes: int
+    active_share: float = 1.0  # of the language model's weights: what takes part in one token, less than all where it has experts
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,6 +90,8 @@ def load_profile(path: str | Path) -> Profile:
     ):
         _check_curve(f"{path}: {name}", curve)
     numbers = (profile.text.pair_s, profile.text.context_s, profile.vision.pair_s, profile.copies.latency_s)
+    if not 0 < profile.model.active_share <= 1:
+        raise BadConfig(f"{path}: model.active_share is a share of the weights, not {profile.model.active_share}")
     if min(numbers) < 0 or profile.copies.bytes_per_s <= 0 or profile.memory_bytes <= 0:
         raise BadConfig(f"{path}: times cannot be negative, and bandwidth and memory are more than nothing")
     return profile

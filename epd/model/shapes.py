@@ -144,6 +144,16 @@ def attention_share(config: ModelConfig) -> float:
     return attention / sum(linear_numbers(text, layer) for layer in range(text.num_layers))
 
 
+def active_share(config: ModelConfig) -> float:
+    """Of the numbers of all matrices, those that take part in one token: all of them but for experts that it does not choose."""
+    text = config.text
+    if text.experts is None:
+        return 1.0
+    unchosen = (text.experts.num_experts - text.experts.num_chosen) * 3 * text.hidden_size * text.experts.intermediate_size
+    active = sum(linear_numbers(text, layer) for layer in range(text.num_layers)) + text.vocab_size * text.hidden_size
+    return active / (active + len(text.experts.layers) * unchosen)
+
+
 def linear_numbers(text: TextConfig, layer: int) -> int:
     """Numbers of a layer's matrices that a token is multiplied with: of experts, those that it chooses."""
     attention = sum(math.prod(shape) for shape in _attention_shapes(text).values() if len(shape) == 2)

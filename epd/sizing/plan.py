@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from epd.devices import parse_workers, step_limits, workers_text
+from epd.devices import parse_workers, step_limits, tokens_beside_decode, workers_text
 from epd.errors import BadConfig
 from epd.sizing.predict import Model, Prediction, Predictor, Split, highest_rate, sessions_at
 
 _BRUTE_FORCE = 24  # devices up to which every split is looked at
-_BESIDE_DECODE = step_limits("cuda").budget_beside_decode
 _EVEN_GAPS = 1.03  # where rates are about the same, decode apart is the better one: its tokens come evenly
 GATEWAY_US_PER_TOKEN = 50.0  # CPU time of the gateway, measured with 1,000 streams: docs/sizing.md
 GATEWAY_US_PER_REQUEST = 3500.0
@@ -144,7 +143,8 @@ def _with_encode(model: Model) -> tuple[bool, ...]:
 
 def _chunked(model: Model) -> Model:
     """With steps that are as short as workers make them beside decode."""
-    return replace(model, steps=replace(model.steps, chunk_tokens=min(_BESIDE_DECODE, model.steps.chunk_tokens)))
+    tokens = tokens_beside_decode(step_limits("cuda"), model.profile.model.active_share)
+    return replace(model, steps=replace(model.steps, chunk_tokens=min(tokens, model.steps.chunk_tokens)))
 
 
 def _plan(model: Model, targets: Targets, answer: Shape, others: list[Shape], rate: float) -> Plan:

@@ -52,7 +52,7 @@ async def test_nodes_apart(model: Path, wanted: Sequence[Said], options: Sequenc
 class Kernels(TorchKernels):
     """With what a device without Triton does about experts; the twin's takes one row after the other."""
 
-    experts = staticmethod(experts)  # type: ignore[assignment]  # the same but for self
+    experts = staticmethod(experts)
 
 
 async def test_the_way_through_a_device(model: Path, wanted: Sequence[Said], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ async def test_the_way_through_a_device(model: Path, wanted: Sequence[Said], mon
         return CudaBackend(FakeDriver(total_bytes=8 << 30), Kernels(), dtype=torch.float32, processes=processes)
 
     monkeypatch.setattr(gpu.cuda.backend, "open_cuda", open_cuda)
-    options = ("--model", str(model), "--served-model-name", "tiny-vl", "--device", "cuda", "--kv-mib", "64", "--embedding-mib", "8")
-    async with node_cluster((ALL_ROLES,), *options) as cluster:
+    options = ("--device", "cuda", "--kv-mib", "64", "--embedding-mib", "8")
+    async with node_cluster((ALL_ROLES,), "--model", str(model), "--served-model-name", "tiny-vl", *options) as cluster:
         await check_cold_and_warm(cluster.url, wanted)
         await cluster.idle()

@@ -26,6 +26,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         ({"provenance": "guessed"}, "no device profile"),
         ({"colour": "red"}, "no device profile"),
         ({"memory_bytes": 0}, "more than nothing"),
+        ({"model": {**msgspec.to_builtins(PROFILE.model), "active_share": 1.5}}, "active_share is a share of the weights"),
         ({"text": {"rows": [[1, 1.0]], "pair_s": 0.0, "context_s": 0.0}}, "text.rows needs at least two"),
         ({"text": {"rows": [[2, 1.0], [2, 1.0]], "pair_s": 0.0, "context_s": 0.0}}, "rising"),
         ({"text": {"rows": [[1, 2.0], [2, 1.0]], "pair_s": 0.0, "context_s": 0.0}}, "fall"),

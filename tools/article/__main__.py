@@ -32,7 +32,7 @@ from tools.article.cluster import Running, Topology, disaggregated, running, str
 from tools.article.drive import drive
 from tools.article.workloads import WORKLOADS, Promise, Workload
 from tools.bench.machine import describe_machine, machine_slug
-from tools.geometry import qwen3_vl_8b
+from tools.geometry import folder_of
 from tools.loadgen.client import Client, open_session
 from tools.servers import ServerFailed
 
@@ -82,7 +82,7 @@ def plan_jobs(profile: Profile, workloads: Sequence[Workload], args: argparse.Na
     for ratio in ratios:
         if len(ratio) != 3 or sum(ratio) != args.devices or min(ratio) < 1:
             raise ValueError(f"--ratios: {':'.join(map(str, ratio))} are not E:P:D of {args.devices} devices")
-    every: list[Topology] = [traditional(args.devices), strong(args.devices)] if not args.no_baselines else []
+    every: list[Topology] = [traditional(args.devices), strong(args.devices, profile)] if not args.no_baselines else []
     every += [
         disaggregated(f"E:P:D {':'.join(map(str, ratio))}", "encode:{},prefill:{},decode:{}".format(*ratio)) for ratio in ratios
     ]
@@ -95,7 +95,7 @@ def plan_jobs(profile: Profile, workloads: Sequence[Workload], args: argparse.Na
 
 def planned(profile: Profile, workload: Workload, devices: int, promise: Promise) -> list[Service]:
     """What `epd plan` answers, and the best of the other kinds: every stage on every device, or decode apart."""
-    image = load_model_config(qwen3_vl_8b()).image
+    image = load_model_config(folder_of(profile)).image
     assert image is not None
     asked = parse_workload(workload.notation(), image)
     ttft_s = max(promise.ttft_of(kind.name, kind.num_images) for kind in workload.kinds)
@@ -109,10 +109,11 @@ async def _measure_all(jobs: Sequence[_Job], args: argparse.Namespace) -> list[r
     num_cells = sum(len(job.workloads) for job in jobs)
     cell_s = max(args.least_cell_s, (args.budget - _START_S * len(jobs)) / num_cells)
     results: list[report.Result] = []
+    folder = folder_of(load_profile(args.profile))
     with tqdm(total=num_cells, unit="cell", file=sys.stderr, disable=args.no_progress) as bar:
         for job in jobs:
             bar.set_description(f"{job.topology.name}: starting")
-            async with running(job.topology, model=qwen3_vl_8b(), profile=args.profile, slow=args.slow) as cluster:
+            async with running(job.topology, model=folder, profile=args.profile, slow=args.slow) as cluster:
                 for number, (workload, is_auto) in enumerate(job.workloads):
                     bar.set_description(f"{job.topology.name}: {workload.name}")
                     measured = await _measure(cluster, job.topology, workload, cell_s, args, seed=number)

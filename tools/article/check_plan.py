@@ -29,11 +29,11 @@ from epd.sizing.predict import Model, Predictor, Split, capacity, with_sessions
 from epd.sizing.render import provenance
 from epd.sizing.workload import parse_workload
 from tools.article.cell import cell
-from tools.article.cluster import BESIDE_DECODE, Running, Topology, disaggregated, running, strong, traditional
+from tools.article.cluster import Running, Topology, beside_decode, disaggregated, running, strong, traditional
 from tools.article.drive import drive
 from tools.article.workloads import WORKLOADS, Promise, Workload
 from tools.bench.machine import describe_machine, machine_slug
-from tools.geometry import qwen3_vl_8b
+from tools.geometry import folder_of
 from tools.loadgen.arrivals import Rate, arrival_times
 from tools.loadgen.client import Client, open_session
 from tools.loadgen.load import Limits, run_open_loop
@@ -73,26 +73,28 @@ def _apart(workload: str, workers: str, split: Split) -> Case:
     return Case(workload, disaggregated(workers, workers), split)
 
 
-CASES = (
-    _apart("text", "prefill:6,decode:2", Split(0, 6, 2)),
-    _apart("1 image", "encode:3,prefill:4,decode:1", Split(3, 4, 1)),
-    _apart("4 images", "encode:3,prefill:4,decode:1", Split(3, 4, 1)),
-    _apart("8 images", "encode:2,prefill:5,decode:1", Split(2, 5, 1)),
-    _apart("mixed", "encode:2,prefill:5,decode:1", Split(2, 5, 1)),
-    Case("1 image", traditional(8)),
-    Case("1 image", strong(8)),
-    _apart("1 image", "encode+prefill:7,decode:1", Split(0, 7, 1)),
-    _apart("8 images", "encode+prefill:7,decode:1", Split(0, 7, 1)),
-    Case("1 image", disaggregated("EPD 8", "encode+prefill+decode:8")),
-    Case("8 images", disaggregated("EPD 8", "encode+prefill+decode:8")),
-)
+def cases_of(profile: Profile) -> tuple[Case, ...]:
+    return (
+        _apart("text", "prefill:6,decode:2", Split(0, 6, 2)),
+        _apart("1 image", "encode:3,prefill:4,decode:1", Split(3, 4, 1)),
+        _apart("4 images", "encode:3,prefill:4,decode:1", Split(3, 4, 1)),
+        _apart("8 images", "encode:2,prefill:5,decode:1", Split(2, 5, 1)),
+        _apart("mixed", "encode:2,prefill:5,decode:1", Split(2, 5, 1)),
+        Case("1 image", traditional(8)),
+        Case("1 image", strong(8, profile)),
+        _apart("1 image", "encode+prefill:7,decode:1", Split(0, 7, 1)),
+        _apart("8 images", "encode+prefill:7,decode:1", Split(0, 7, 1)),
+        Case("1 image", disaggregated("EPD 8", "encode+prefill+decode:8")),
+        Case("8 images", disaggregated("EPD 8", "encode+prefill+decode:8")),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answers 0 when every figure that is held to the limit is within it."""
     args = _parser().parse_args(argv)
     profile = load_profile(args.profile)
-    cases = [CASES[int(number)] for number in args.cases.split(",")] if args.cases else list(CASES)
+    cases = list(cases_of(profile))
+    cases = [cases[int(number)] for number in args.cases.split(",")] if args.cases else cases
     figures, doubts = uvloop.run(_check(cases, profile, args))
     print(f"{provenance(profile)}\n")
     print(render(figures))
@@ -120,13 +122,13 @@ def render(figures: Sequence[Figure]) -> str:
 
 
 def predictor(case: Case, profile: Profile) -> Predictor:
-    image = load_model_config(qwen3_vl_8b()).image
+    image = load_model_config(folder_of(profile)).image
     assert image is not None
     asked = parse_workload(WORKLOADS[case.workload].notation(), image)
     if case.split is not None:
         return Model(profile, asked, Steps(2048, 256)).apart(case.split)
     devices, is_fused = len(case.topology.workers), case.topology.sharing == "fused"
-    model = Model(profile, asked, Steps(BESIDE_DECODE if is_fused else 1 << 30, 256))
+    model = Model(profile, asked, Steps(beside_decode(profile) if is_fused else 1 << 30, 256))
     return model.together(devices, fused=is_fused) if case.topology.is_baseline else model.pooled(devices)
 
 
@@ -139,7 +141,7 @@ async def _check(cases: Sequence[Case], profile: Profile, args: argparse.Namespa
         rate = args.load * most
         name = f"{case.topology.name}, {case.workload}"
         workload = WORKLOADS[case.workload]
-        async with running(case.topology, model=qwen3_vl_8b(), profile=args.profile, slow=args.slow) as cluster:
+        async with running(case.topology, model=folder_of(profile), profile=args.profile, slow=args.slow) as cluster:
             wanted = predict(rate)
             found = await _latencies(cluster, workload, rate, args, seed=2 * number)
             where = f"{name} at {rate:.3g} req/s"
@@ -207,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--crowd", type=float, default=1.5, help="users, over each workload's number, that fill the service")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each run")
     parser.add_argument("--slow", type=float, default=2.0, help="devices take so many times as long")
-    parser.add_argument("--cases", default="", help=f"numbers, as in 0,2 (all: 0 to {len(CASES) - 1})")
+    parser.add_argument("--cases", default="", help="numbers, as in 0,2, in the order of the table; all by default")
     parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/<date>-plan-<machine>.json)")
     return parser
 

@@ -21,7 +21,7 @@ from epd.sizing.render import provenance
 from tools.article.check_plan import Figure, render
 from tools.article.cluster import disaggregated, running
 from tools.article.workloads import Kind, Workload
-from tools.geometry import qwen3_vl_8b
+from tools.geometry import folder_of
 from tools.loadgen.client import Client, open_session
 from tools.loadgen.load import run_closed_loop
 from tools.loadgen.stream import OK, Record
@@ -45,7 +45,10 @@ async def _measure_all(profile: Profile, args: argparse.Namespace) -> tuple[list
     figures: list[Figure] = []
     doubts: list[str] = []
     topology = disaggregated("decode", f"prefill:1,decode:{args.workers}")
-    async with running(topology, model=qwen3_vl_8b(), profile=args.profile, slow=args.slow) as cluster, open_session() as session:
+    async with (
+        running(topology, model=folder_of(profile), profile=args.profile, slow=args.slow) as cluster,
+        open_session() as session,
+    ):
         for number, each in enumerate(int(word) for word in args.streams.split(",")):
             workload = Workload("steps", (Kind("steps", text_tokens=args.prompt_tokens),), each, args.output_tokens)
             client = Client(session, f"{cluster.url}/v1", timeout_s=600.0, clock=time.perf_counter, keeps_text=False)

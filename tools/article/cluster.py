@@ -16,14 +16,14 @@ from typing import IO, Any
 
 import aiohttp
 
-from epd.devices import parse_workers, step_limits
+from epd.devices import parse_workers, step_limits, tokens_beside_decode
+from epd.emulated.profile import Profile
 from tools.servers import ServerFailed, free_port, thread_environment
 
 _POLL_S = 0.1
 _START_S = 120.0
 _STOP_S = 10.0
 ALL_STAGES = "encode,prefill,decode"
-BESIDE_DECODE = step_limits("cuda").budget_beside_decode  # tokens of a prefill step
 # What a benchmark must not run into; nothing that makes anything faster.
 _ROOM = ("--max-requests", "100000", "--max-prompt-tokens", "1000000000", "--request-timeout-s", "3600", "--lease-s", "300")
 
@@ -49,9 +49,15 @@ def traditional(devices: int) -> Topology:
     return Topology("colocated, prefill first", (ALL_STAGES,) * devices, "prefill-first", options, "together")
 
 
-def strong(devices: int) -> Topology:
+def beside_decode(profile: Profile) -> int:
+    """Tokens of a prefill step."""
+    return tokens_beside_decode(step_limits("cuda"), profile.model.active_share)
+
+
+def strong(devices: int, profile: Profile) -> Topology:
     """Short prompt chunks beside decode in one step."""
-    options = ("--token-budget", str(BESIDE_DECODE), "--max-chunk-tokens", str(BESIDE_DECODE))
+    tokens = str(beside_decode(profile))
+    options = ("--token-budget", tokens, "--max-chunk-tokens", tokens)
     return Topology("colocated, chunked", (ALL_STAGES,) * devices, "fused", options, "together")
 
 

@@ -40,6 +40,7 @@ GROUPS: dict[str, Group] = {
             Part("limits", 20),
             Part("decode", 80),
             Part("linear", 20),
+            Part("experts", 25),
             Part("prefill", 60),
             Part("attention", 60),
             Part("vision", 45),

@@ -61,7 +61,7 @@ def run_parts(order: Order, open_rig: Callable[[Order], tuple[Any, Mapping[str, 
 def open_device_rig(order: Order) -> tuple[Any, Mapping[str, Callable[[Any], Any]]]:
     """The parts that measure our own code."""
     from gpu.cuda.backend import open_cuda
-    from tools.gpu_check.figures import attention, decode, ipc, limits, linear, loading, prefill, vision
+    from tools.gpu_check.figures import attention, decode, experts, ipc, limits, linear, loading, prefill, vision
     from tools.gpu_check.figures.rig import Loads, Rig
     from tools.gpu_check.found import Limits
 
@@ -71,6 +71,7 @@ def open_device_rig(order: Order) -> tuple[Any, Mapping[str, Callable[[Any], Any
         "limits": limits.run,
         "decode": decode.run,
         "linear": linear.run,
+        "experts": experts.run,
         "attention": attention.run,
         "prefill": prefill.run,
         "vision": vision.run,

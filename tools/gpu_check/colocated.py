@@ -14,13 +14,14 @@ import signal
 import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import uvloop
 
 from epd.clock import monotonic
+from epd.cluster.build import budget_beside_decode
 from epd.cluster.node import model_name
 from epd.cluster.sizes import EMBEDDING_BLOCK_ROWS, budget_lines
 from epd.cluster.stack import Stack, open_stack
@@ -119,7 +120,8 @@ class Colocated:
         self._vision = stack.vision_runner(self._embeddings, self._stream, lambda text: None)
         text = stack.text_runner(kv, "decode", self._stream, lambda text: None)
         self._text = text
-        self._config, self._stack, self._tokenizer = config, stack, prompter.tokenizer
+        self._engine = replace(config.engine, budget_beside_decode=budget_beside_decode(config, model))
+        self._stack, self._tokenizer = stack, prompter.tokenizer
         self._merge = model.vision.merge_size if model.vision is not None else 1
         self._eos = frozenset(model.eos_token_ids)
         self.model_name = config.served_model_name or model_name(config.model)
@@ -143,7 +145,7 @@ class Colocated:
             mrope_next(0, items, self._merge),
             is_encoded=not items,
         )
-        if self._num_blocks(running) > self._config.engine.block_size * len(self._free) and not self._running:
+        if self._num_blocks(running) > self._engine.block_size * len(self._free) and not self._running:
             raise PromptTooLong(f"{len(request.token_ids)} tokens and {request.sampling.max_tokens} do not fit the KV pool")
         self._waiting.append(running)
         self._woken.set()
@@ -195,7 +197,7 @@ class Colocated:
         self._stack.close()
 
     def _num_blocks(self, running: Running) -> int:
-        return -(-(running.num_prompt + running.request.sampling.max_tokens) // self._config.engine.block_size)
+        return -(-(running.num_prompt + running.request.sampling.max_tokens) // self._engine.block_size)
 
     def _admit(self) -> None:
         """In order of arrival, each with all the blocks that it will ever need; whoever has left gives his back."""
@@ -203,7 +205,7 @@ class Colocated:
             if each not in self._to_encode:
                 self._running.remove(each)
                 self._free += each.blocks
-        while self._waiting and len(self._running) < self._config.engine.max_running:
+        while self._waiting and len(self._running) < self._engine.max_running:
             count = self._num_blocks(self._waiting[0])
             if count > len(self._free):
                 return
@@ -215,7 +217,7 @@ class Colocated:
 
     def _launch(self) -> None:
         while len(self._flights) < self._stack.steps_in_flight:
-            plan = plan_step(self._running, self._config.engine)
+            plan = plan_step(self._running, self._engine)
             if not plan.parts:
                 return
             self._flights.launch(plan, self._describe)
@@ -298,7 +300,7 @@ class Colocated:
 
     def _take(self, images: list[tuple[int, Any]]) -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]]:
         """The first images that one step may encode; at least one."""
-        blocks, patches, count = self._embeddings.num_blocks, self._config.engine.max_patches, 0
+        blocks, patches, count = self._embeddings.num_blocks, self._engine.max_patches, 0
         for _, image in images[:_IMAGES_AT_ONCE]:
             item = image.item
             blocks -= -(-item.num_tokens // EMBEDDING_BLOCK_ROWS)

@@ -17,7 +17,7 @@ from epd.model.config import load_model_config
 from epd.model.loader import resolve_model
 from epd.options import BUNDLED_MODEL
 from tools.bench.machine import describe_machine
-from tools.geometry import NAME, qwen3_vl_8b
+from tools.geometry import GEOMETRIES, name_of, write_geometry
 from tools.profile_device.roofline import CHIPS, roofline
 
 
@@ -26,28 +26,33 @@ def main() -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     real = kinds.add_parser("measure", help="from a device of this machine")
     real.add_argument("--device", default="cpu", help="as epd serve takes it")
-    real.add_argument("--model", default=str(BUNDLED_MODEL), help="folder, hub id, or qwen3-vl-8b: random weights")
+    real.add_argument("--model", default=str(BUNDLED_MODEL), help=f"folder, hub id, or {' or '.join(GEOMETRIES)}: random weights")
     real.add_argument("--num-threads", type=int, default=1)
     real.add_argument("--best-of", type=int, default=1, metavar="N", help="measure so often, keep the quickest: for a busy host")
     real.add_argument("--output", type=Path, required=True)
     paper = kinds.add_parser("roofline", help="from data sheets; marked as such")
     paper.add_argument("--chip", choices=sorted(CHIPS), default="h200")
+    paper.add_argument("--model", choices=list(GEOMETRIES), default="qwen3-vl-8b")
     paper.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     try:
-        profile = _measure(args) if args.kind == "measure" else roofline(CHIPS[args.chip], load_model_config(qwen3_vl_8b()), NAME)
+        profile = _measure(args) if args.kind == "measure" else _compute(args)
     except EpdError as error:
         sys.exit(f"profile_device: {error.message}")
     args.output.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
     print(f"wrote {args.output} ({profile.provenance}: {profile.source})")
 
 
+def _compute(args: argparse.Namespace) -> Profile:
+    return roofline(CHIPS[args.chip], load_model_config(write_geometry(args.model)), name_of(args.model))
+
+
 def _measure(args: argparse.Namespace) -> Profile:
     from tools.profile_device.measure import measure
 
-    is_random = args.model == "qwen3-vl-8b"
+    is_random = args.model in GEOMETRIES
     words = ["serve", "--roles", "encode,prefill,decode", "--device", args.device, "--num-threads", str(args.num_threads)]
-    words += ["--model", str(qwen3_vl_8b()) if is_random else args.model]
+    words += ["--model", str(write_geometry(args.model)) if is_random else args.model]
     config = parse([*words, *(["--load-format", "dummy"] if is_random else [])])
     assert isinstance(config, ServeConfig)
     folder = resolve_model(config.model, weights=not is_random)

@@ -23,7 +23,7 @@ from epd.cluster.sizes import EMBEDDING_BLOCK_ROWS
 from epd.emulated.cost import text_s, text_work
 from epd.emulated.profile import CopyCosts, Curve, Model, Profile, TextCosts, VisionCosts
 from epd.model.preprocess import image_grid, num_image_tokens
-from epd.model.shapes import count_numbers, text_shapes, vision_shapes
+from epd.model.shapes import active_share, count_numbers, text_shapes, vision_shapes
 from epd.step import ImageInput, SampleRequest, SequenceStep, StepPlan
 from gpu.stream import Stream
 from protocol.messages import RequestId, Sampling
@@ -69,6 +69,7 @@ def measure(parts: StageParts, *, device: str, source: str) -> Fit:
             embedding_row_bytes=config.embedding_width * dtype_bytes,
             weight_bytes=count_numbers(text_shapes(config)) * dtype_bytes,
             vision_weight_bytes=count_numbers(vision_shapes(config.vision)) * dtype_bytes,
+            active_share=active_share(config),
         ),
         text=costs,
         vision=vision,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from epd.emulated.profile import CopyCosts, Curve, Model, Profile, TextCosts, VisionCosts
-from epd.model.config import ModelConfig, VisionConfig
-from epd.model.shapes import count_numbers, text_shapes, vision_shapes
+from epd.model.config import ModelConfig, TextConfig, VisionConfig
+from epd.model.shapes import active_share, count_numbers, linear_numbers, text_shapes, vision_shapes
 
 _DTYPE_BYTES = 2  # bfloat16
 
@@ -53,11 +53,8 @@ def roofline(chip: Chip, config: ModelConfig, name: str, shares: Shares | None =
     text = config.text
     weights = count_numbers(text_shapes(config))
     tower = count_numbers(vision_shapes(config.vision))
-    used = weights - text.vocab_size * text.hidden_size  # the embedding table is looked up, not multiplied
     kv_token_bytes = text.num_layers * 2 * text.num_kv_heads * text.head_dim * _DTYPE_BYTES
-    weights_s = used * _DTYPE_BYTES / (chip.bytes_per_s * shares.decode_bytes)
-    row_s = 2 * used / (chip.flop_per_s * shares.prefill_flop)
-    knee = max(2.0, weights_s / row_s)  # rows at which arithmetic takes as long as the weights' bytes
+    used = weights - text.vocab_size * text.hidden_size  # the embedding table is looked up, not multiplied
     return Profile(
         device=chip.name,
         provenance="roofline",
@@ -69,15 +66,36 @@ def roofline(chip: Chip, config: ModelConfig, name: str, shares: Shares | None =
             embedding_row_bytes=config.embedding_width * _DTYPE_BYTES,
             weight_bytes=weights * _DTYPE_BYTES,
             vision_weight_bytes=tower * _DTYPE_BYTES,
+            active_share=active_share(config),
         ),
         text=TextCosts(
-            rows=_flat_then_rising(knee, weights_s, shares.step_s),
+            rows=_rows(text, used, chip, shares),
             pair_s=4 * text.num_heads * text.head_dim * text.num_layers / (chip.flop_per_s * shares.attention_flop),
             context_s=kv_token_bytes / (chip.bytes_per_s * shares.attention_bytes),
         ),
         vision=_vision(config.vision, tower, chip, shares),
         copies=CopyCosts(latency_s=150e-6, bytes_per_s=chip.bytes_per_s * shares.copy_bytes),
     )
+
+
+def _rows(text: TextConfig, num_used: int, chip: Chip, shares: Shares) -> Curve:
+    """A step by its rows: as long as the weights that any of them needs take to be read, or as the arithmetic takes."""
+    byte_s, flop_s = 1 / (chip.bytes_per_s * shares.decode_bytes), 1 / (chip.flop_per_s * shares.prefill_flop)
+    if text.experts is None:
+        weights_s = num_used * _DTYPE_BYTES * byte_s
+        return _flat_then_rising(max(2.0, weights_s / (2 * num_used * flop_s)), weights_s, shares.step_s)
+    e = text.experts
+    of_experts = len(e.layers) * 3 * e.intermediate_size * text.hidden_size  # numbers, of one in every layer
+    row_s = 2 * flop_s * (sum(linear_numbers(text, i) for i in range(text.num_layers)) + text.vocab_size * text.hidden_size)
+    points: list[tuple[float, float]] = []
+    rows = 1.0
+    while not points or rows * row_s < 64 * points[0][1]:
+        # Each row finds its experts whatever the others found: so many of them are read on average.
+        num_read = e.num_experts * (1 - (1 - e.num_chosen / e.num_experts) ** rows)
+        weights_s = (num_used - (e.num_experts - num_read) * of_experts) * _DTYPE_BYTES * byte_s
+        points.append((rows, max(weights_s, rows * row_s) + shares.step_s))
+        rows *= 2
+    return tuple(points)
 
 
 def _flat_then_rising(knee: float, weights_s: float, step_s: float) -> Curve:

@@ -12,7 +12,7 @@ from epd.emulated.profile import load_profile
 from epd.sizing.predict import capacity
 from tests.emulated.profiles import PROFILE
 from tools.article.check_cpu import compare
-from tools.article.check_plan import CASES, Figure, predictor, render
+from tools.article.check_plan import Figure, cases_of, predictor, render
 from tools.article.check_steps import figure
 from tools.article.workloads import WORKLOADS
 from tools.loadgen.load import Run
@@ -35,7 +35,7 @@ def test_an_error_is_how_far_the_prediction_is_above_the_run() -> None:
 
 def test_every_case_has_a_prediction_for_what_is_run() -> None:
     profile = load_profile("h200-qwen3-vl-8b")
-    for case in CASES:
+    for case in cases_of(profile):
         assert case.workload in WORKLOADS
         assert 1 < capacity(predictor(case, profile)) < 1000
         if case.split is not None:

@@ -13,7 +13,7 @@ from epd.model.config import load_model_config
 from epd.model.device.runner import DeviceTextRunner
 from gpu.cuda.reference import TorchKernels
 from tests.tools.gpu_check.rigs import FOLDER, LIMITS, LOADS, OPENER, ScriptedTimer, open_rig, rows_of
-from tools.gpu_check.figures import attention, decode, ipc, limits, linear, loading, prefill, vision
+from tools.gpu_check.figures import attention, decode, experts, ipc, limits, linear, loading, prefill, vision
 from tools.gpu_check.figures.counts import (
     chunk_attention_flop,
     decode_weight_bytes,
@@ -94,6 +94,26 @@ def test_one_row_through_the_products_of_a_layer() -> None:
     outside = (text.vocab_size + 1) * text.hidden_size
     norms = text.num_layers * 2 * (text.hidden_size + text.head_dim)
     assert (layers + outside + norms) * 4 == decode_weight_bytes(load_model_config(FOLDER), 4)
+
+
+def test_a_layer_of_experts() -> None:
+    with open_rig() as rig:
+        rig.timer = ScriptedTimer(8e-3)  # eight steps
+        rows = rows_of(experts.run(rig))
+        layer = experts.make_layer(rig, is_turned=True)
+    assert list(rows) == [
+        f"experts, {stored}, {num_rows} rows"
+        for stored in ("as published", "as transformers saves them")
+        for num_rows in (1, 5, 150)
+    ]
+    one = 3 * 16 * 32 * 4  # bytes of an expert
+    assert layer.numbers_of_one * 4 == one
+    alone, some, many = list(rows.values())[:3]
+    assert alone["value"] == pytest.approx(2 * one / 1e-3 / 1e9)
+    assert 2 * one / 1e-3 / 1e9 < some["value"] <= 6 * one / 1e-3 / 1e9
+    assert many["value"] == pytest.approx(2 * 150 * 2 * one / 4 / 1e-3 / 1e12)
+    assert {row["ratio"] for row in rows.values()} == {1.0}
+    assert not layer.gate_up.is_contiguous()
 
 
 def test_a_set_without_fused_layers_says_so() -> None:

@@ -160,5 +160,5 @@ def test_a_quick_run_leaves_out_what_takes_long(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(Check, "run", run)
     main(["--quick", "--out", str(tmp_path)])
-    assert wanted == [frozenset({"tests", "limits", "decode", "linear", "prefill", "attention", "vision", "ipc"})]
+    assert wanted == [frozenset({"tests", "limits", "decode", "linear", "experts", "prefill", "attention", "vision", "ipc"})]
     assert wanted[0] < set(PARTS)

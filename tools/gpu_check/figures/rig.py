@@ -50,6 +50,8 @@ class Loads:
     image_size: tuple[int, int] = (1920, 1080)
     ipc_bytes: int = 1 << 30
     linear_bytes: int = 1 << 30  # of weights that take turns: none is still in a cache
+    experts: tuple[int, int, int, int] = (128, 8, 768, 2048)  # experts, chosen, intermediate size of one, hidden size
+    expert_rows: tuple[int, ...] = (1, 8, 64, 2048, 8192)
     max_model_len: int = 32_768
     reserve_bytes: int = 10 << 30  # of the device's memory, for steps and libraries, beside weights and KV
     rounds: int = 9
