@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import grouped_mm, silu
 
 from gpu.cuda.kernels.checks import check_experts
 
 
 def experts(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, num_chosen: int, normalizes: bool, out: Tensor) -> None:
-    """See `gpu.cuda.kernels.Kernels`. In bfloat16, shares are rounded to it too."""
+    """See `gpu.cuda.kernels.Kernels`. In bfloat16, shares and what stands between products are rounded to it too."""
     check_experts(x, logits, gate_up, down, num_chosen, out)
     if not x.numel():
         return
@@ -24,8 +24,8 @@ def experts(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, num_chosen
     by_expert, order = chosen.view(-1).sort(stable=True)
     every = torch.arange(num_experts, device=x.device)
     ends = torch.searchsorted(by_expert, every, right=True, out_int32=True)
-    gates, ups = grouped_mm(x.index_select(0, order // num_chosen), gate_up.transpose(1, 2), offs=ends).float().chunk(2, dim=-1)
-    inner = (torch.nn.functional.silu(gates) * ups).to(x.dtype)
+    gates, ups = grouped_mm(x.index_select(0, order // num_chosen), gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    inner = silu(gates) * ups
     parts = torch.empty((num_rows * num_chosen, x.shape[1]), dtype=x.dtype, device=x.device)
     parts.index_copy_(0, order, grouped_mm(inner, down.transpose(1, 2), offs=ends))
     torch.bmm(shares.to(x.dtype)[:, None], parts.view(num_rows, num_chosen, -1), out=out[:, None])
