@@ -8,6 +8,7 @@ PORT ?= 8000
 ENCODE ?= 2
 PREFILL ?= 1
 DECODE ?= 1
+GATEWAYS ?= 1
 WORKERS ?=
 DEVICE ?= cpu
 
@@ -28,8 +29,8 @@ help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 	@echo "  variables (now): MODEL=$(or $(MODEL),the bundled model) PORT=$(PORT) ENCODE=$(ENCODE) PREFILL=$(PREFILL) DECODE=$(DECODE) DEVICE=$(DEVICE)"
 
-run-cluster: $(RUN_READY)  ## serve MODEL on PORT with ENCODE, PREFILL and DECODE workers, or WORKERS; Ctrl-C drains and stops
-	@exec $(BIN)/epd cluster $(if $(MODEL),--model "$(MODEL)") --port $(PORT) \
+run-cluster: $(RUN_READY)  ## serve MODEL on PORT with GATEWAYS, ENCODE, PREFILL and DECODE workers, or WORKERS; Ctrl-C drains and stops
+	@exec $(BIN)/epd cluster $(if $(MODEL),--model "$(MODEL)") --port $(PORT) --gateways $(GATEWAYS) \
 		$(if $(WORKERS),--workers "$(WORKERS)",--encode $(ENCODE) --prefill $(PREFILL) --decode $(DECODE)) --device $(DEVICE)
 
 test: lint  ## the whole suite: lint, types, layers, tests (JOBS processes)

@@ -52,7 +52,7 @@ async def _run_node(config: ServeConfig) -> None:
         if config.is_supervised:
             print(word, text, flush=True)
         elif word == "ready" and "gateway" in config.roles:
-            print(banner(text, config), flush=True)
+            print(banner([text], config), flush=True)
         else:
             print(f"epd: {word} {text}", flush=True)
 
@@ -87,5 +87,7 @@ def _plan(config: PlanConfig) -> int:
 
 def _cluster(config: ClusterConfig) -> int:
     setup(config.serve.log_level, worker="cluster")
-    check_port(config.serve.http.host, config.serve.http.port)
+    http = config.serve.http
+    for number in range(config.num_gateways):
+        check_port(http.host, http.port + number if http.port else 0)
     return uvloop.run(Launcher(config).run())

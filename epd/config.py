@@ -37,7 +37,7 @@ class LinkConfig:
     host: str
     port: int
     advertise_host: str
-    join: tuple[str, int] | None
+    join: tuple[tuple[str, int], ...]  # gateways; none: that of this process
     token: str
     worker: str  # "" lets the process name itself
     transfer: str  # "auto" | "mapped" | "socket": the best rung that may be taken
@@ -104,6 +104,7 @@ class ClusterConfig:
     seats: Mapping[str, tuple[Seat, ...]]  # of the workers, by kind: their stages, as in encode+prefill
     serve: ServeConfig
     passed_on: tuple[str, ...]  # arguments that every process is started with
+    num_gateways: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +147,13 @@ def parse(argv: Sequence[str]) -> ServeConfig | ClusterConfig | TopConfig | Plan
     serve = _serve_config(args)
     if args.command == "serve":
         return serve
+    if args.gateways < 1:
+        raise BadConfig(f"--gateways {args.gateways}: somebody has to answer requests")
     return ClusterConfig(
         seats=seats(args.device, _workers(args), args.memory_fraction),
         serve=serve,
         passed_on=tuple(passed_on(args)),
+        num_gateways=args.gateways,
     )
 
 
@@ -272,7 +276,7 @@ def _link_config(args: argparse.Namespace, roles: tuple[str, ...]) -> LinkConfig
         host=args.cluster_host,
         port=port,
         advertise_host=args.advertise_host or args.cluster_host,
-        join=_host_port(join) if join else None,
+        join=tuple(dict.fromkeys(_host_port(each.strip()) for each in join.split(","))) if join else (),
         token=_token(args),
         worker=getattr(args, "worker", ""),
         transfer=args.transfer,
@@ -288,7 +292,7 @@ def _otlp_endpoint(text: str) -> str:
 def _host_port(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise BadConfig(f"--join {text}: expected HOST:PORT")
+        raise BadConfig(f"--join {text}: expected HOST:PORT[,HOST:PORT...]")
     return host.strip("[]"), int(port)
 
 

@@ -34,8 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--roles", default=",".join(ROLES), help="comma-separated stages of this process")
     serve.add_argument(
         "--join",
-        metavar="HOST:PORT",
-        help=f"cluster address of the gateway; without a gateway role: 127.0.0.1:{DEFAULT_CLUSTER_PORT}",
+        metavar="HOST:PORT[,...]",
+        help=f"cluster address of the gateway, or of all gateways; without a gateway role: 127.0.0.1:{DEFAULT_CLUSTER_PORT}",
     )
     serve.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     serve.add_argument("--worker", default="", help="name of this worker in the cluster; a random one by default")
@@ -55,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="",
         metavar="STAGES:N[,...]",
         help="instead of these three, workers of any stages: encode+prefill:7,decode:1, or encode+prefill+decode:8",
+    )
+    cluster.add_argument(
+        "--gateways", type=int, default=1, metavar="N", help="gateways, on --port and the ports after it; each has all workers"
     )
     _add_common(cluster)
 
@@ -207,6 +210,7 @@ _NOT_PASSED_ON = {
     "command",
     *WORKER_ROLES,
     "workers",
+    "gateways",
     "roles",
     "join",
     "worker",

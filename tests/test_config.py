@@ -28,16 +28,27 @@ def test_without_flags_one_process_hosts_everything() -> None:
     config = _serve()
     assert config.roles == ROLES
     assert config.http.port == 8000
-    assert config.link.join is None
+    assert config.link.join == ()
     assert config.link.port == 0  # several such processes may run side by side
     assert Path(config.model).name == "tiny-vl"
 
 
 def test_stages_by_hand_find_each_other_without_flags() -> None:
     gateway, encode = _serve("--roles", "gateway"), _serve("--roles", "encode")
-    assert encode.link.join == ("127.0.0.1", gateway.link.port)
-    assert gateway.link.join is None
+    assert encode.link.join == (("127.0.0.1", gateway.link.port),)
+    assert gateway.link.join == ()
     assert encode.link.token == gateway.link.token
+
+
+def test_a_worker_may_join_several_gateways() -> None:
+    config = parse(["serve", "--roles", "decode", "--join", "a:1, [::1]:2,a:1"])
+    assert isinstance(config, ServeConfig)
+    assert config.link.join == (("a", 1), ("::1", 2))
+
+
+def test_a_cluster_has_a_gateway() -> None:
+    with pytest.raises(BadConfig, match="--gateways 0"):
+        parse(["cluster", "--gateways", "0"])
 
 
 @pytest.mark.parametrize(("device", "token_budget", "max_running"), [("cpu", 2048, 64), ("cuda", 8192, 256)])
@@ -57,6 +68,7 @@ def test_roles_are_put_in_the_order_of_the_walk() -> None:
         (["--roles", ","], "at least one stage"),
         (["--join", "nowhere"], "HOST:PORT"),
         (["--join", "host:0"], "HOST:PORT"),
+        (["--join", "host:1,"], "HOST:PORT"),
         (["--join", "host:99999"], "HOST:PORT"),
         (["--device", "tpu"], "choose cpu, cuda"),
         (["--device", "cuda:0,cuda:1"], "choose cpu, cuda"),

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
 from epd.config import ServeConfig
 
 
-def banner(url: str, config: ServeConfig) -> str:
-    """`url` is the endpoint's base, such as http://127.0.0.1:8000."""
+def banner(urls: Sequence[str], config: ServeConfig) -> str:
+    """`urls` are the bases of the endpoints, such as http://127.0.0.1:8000."""
+    url, *others = urls
+    also = f" and at {', '.join(others)}" if others else ""
     model = config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1]
     key = f" -H 'Authorization: Bearer {config.http.api_key}'" if config.http.api_key else ""
     image = example_image()
     return f"""
-epd is ready at {url}  (chat at /v1/chat/completions, health at /ready, workers at /v1/cluster). Ctrl-C stops it.
+epd is ready at {url}{also}  (chat at /v1/chat/completions, health at /ready, workers at /v1/cluster). Ctrl-C stops it.
 
 With curl:
 

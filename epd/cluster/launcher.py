@@ -38,6 +38,8 @@ class _Member:
     name: str
     roles: str  # as --roles has them
     arguments: tuple[str, ...]
+    port: int = 0  # of a gateway's endpoint; 0: any free one
+    url: str = ""  # of a gateway, once it has told
     process: asyncio.subprocess.Process | None = None
     is_ready: bool = False
     num_starts: int = 0
@@ -49,14 +51,13 @@ class Launcher:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self._cluster_port = _free_port()
+        self._cluster_ports = _free_ports(config.num_gateways)
         self._environment = dict(os.environ, EPD_TOKEN=secrets.token_hex(32), EPD_API_KEY=config.serve.http.api_key)
         self._members = [*self._describe()]
         self._width = max(12, *(len(member.name) for member in self._members))
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
         self._status = 0
-        self._url = ""
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -76,19 +77,18 @@ class Launcher:
 
     def _describe(self) -> Sequence[_Member]:
         config = self._config
-        members = [
-            _Member(
-                "gateway",
-                "gateway",
-                ("--worker", "gateway", "--cluster-port", str(self._cluster_port)),
-            )
-        ]
+        members: list[_Member] = []
+        for number, cluster_port in enumerate(self._cluster_ports):
+            name = f"gateway-{number}" if config.num_gateways > 1 else "gateway"
+            port = config.serve.http.port + number if config.serve.http.port else 0
+            members.append(_Member(name, "gateway", ("--worker", name, "--cluster-port", str(cluster_port)), port))
+        join = ",".join(f"127.0.0.1:{port}" for port in self._cluster_ports)
         for kind, seats in config.seats.items():
             for number, seat in enumerate(seats):
                 name = f"{kind.replace('+', '-')}-{number}"
                 roles = kind.replace("+", ",")
                 place = ("--device", seat.device, "--memory-fraction", str(seat.memory_fraction))
-                members.append(_Member(name, roles, ("--worker", name, "--join", f"127.0.0.1:{self._cluster_port}", *place)))
+                members.append(_Member(name, roles, ("--worker", name, "--join", join, *place)))
         return members
 
     async def _keep(self, member: _Member) -> None:
@@ -131,13 +131,9 @@ class Launcher:
 
     def _words(self, member: _Member) -> list[str]:
         own = ("--supervised", "--roles", member.roles, "--model", self._config.serve.model)
-        return [*own, *member.arguments, *self._config.passed_on, *self._same_port(member)]
-
-    def _same_port(self, member: _Member) -> tuple[str, ...]:
-        """A gateway that starts again is where it was, also if the port was any free one the first time."""
-        if member.roles != "gateway" or not self._url:
-            return ()
-        return ("--port", self._url.rpartition(":")[2])
+        # A gateway that starts again is where it was, also if the port was any free one the first time.
+        port = member.url.rpartition(":")[2] or str(member.port)
+        return [*own, *member.arguments, *self._config.passed_on, *(("--port", port) if member.roles == "gateway" else ())]
 
     async def _listen(self, member: _Member, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
@@ -154,9 +150,9 @@ class Launcher:
         print(f"  {member.name:<{self._width}} ready{again}{taken}", flush=True)
         member.is_ready = True
         if member.roles == "gateway":
-            self._url = text
+            member.url = text
         if all(other.is_ready for other in self._members) and not again:
-            print(banner(self._url, self._config.serve), flush=True)
+            print(banner([other.url for other in self._members if other.url], self._config.serve), flush=True)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -170,11 +166,11 @@ class Launcher:
         self._stop.set()
 
     async def _stop_all(self) -> None:
-        """The gateway first, which lets running requests finish; then the workers, which have nothing left."""
+        """Gateways first, which let running requests finish; then the workers, which have nothing left."""
         print("epd: stopping (again Ctrl-C to stop at once)", flush=True)
-        gateway = [member for member in self._members if member.roles == "gateway"]
+        gateways = [member for member in self._members if member.roles == "gateway"]
         workers = [member for member in self._members if member.roles != "gateway"]
-        await self._stop_some(gateway, self._config.serve.admission.drain_timeout_s + KILL_GRACE_S)
+        await self._stop_some(gateways, self._config.serve.admission.drain_timeout_s + KILL_GRACE_S)
         await self._stop_some(workers, KILL_GRACE_S)
         for member in self._members:
             if member.keeper is not None:
@@ -203,12 +199,13 @@ async def _all_ended(processes: Sequence[asyncio.subprocess.Process]) -> None:
         await process.wait()
 
 
-def _free_port() -> int:
-    """A port that nobody listens on now, for the cluster's own links."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, for the cluster's own links."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def check_port(host: str, port: int) -> None:

@@ -1,13 +1,14 @@
-"""A worker's side of the cluster: joins the gateway, tells it its load, leaves when drained.
+"""A worker's side of the cluster: joins its gateways, tells them its load, leaves when drained.
 
-Owns: whether this worker is a member. Knows: the stage actors of this process, to ask them for their load. Joins again by itself
-whenever the gateway was lost, so that it does not matter who starts first or who is restarted.
+Owns: where this worker is a member. Knows: the stage actors of this process, to ask them for their load. Joins again by itself
+whenever a gateway was lost, so that it does not matter who starts first or who is restarted. Gateways know nothing of each other.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 
 from epd.errors import BadConfig, EpdError, InternalError, PeerLost, Refused
 from epd.log import Log
@@ -27,15 +28,27 @@ MAX_BACKOFF_S = 2.0
 _log = Log("membership")
 
 
+FindGateway = Callable[[], Awaitable[WorkerId]]
+
+
+@dataclass(slots=True, eq=False)
+class _Gateway:
+    """What this worker has to do with one gateway. `find` tells its worker id once it is there."""
+
+    find: FindGateway
+    directory: Address | None = None  # where this worker has joined last
+    is_joined: bool = False
+    report_now: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class Membership(Actor):
-    """One per process that hosts stages. `find_gateway` tells the gateway's worker id once it is there, `meter` what the process
-    uses; `on_joined` is called at the first join, `on_refused` when joining can never succeed, `on_drain` when the cluster asks
-    this worker to leave.
+    """One per process that hosts stages. `gateways` find one each, `meter` tells what the process uses; `on_joined` is called at
+    the first join, `on_refused` when joining can never succeed, `on_drain` when the cluster asks this worker to leave.
     """
 
     def __init__(
         self,
-        find_gateway: Callable[[], Awaitable[WorkerId]],
+        gateways: Sequence[FindGateway],
         join: Join,
         stages: Sequence[StageActor],
         *,
@@ -46,8 +59,7 @@ class Membership(Actor):
         on_drain: Callable[[], None],
     ) -> None:
         super().__init__()
-        self._find_gateway = find_gateway
-        self._directory: Address | None = None
+        self._gateways = [_Gateway(find) for find in gateways]
         self._join = join
         self._stages = stages
         self._meter = meter
@@ -57,12 +69,11 @@ class Membership(Actor):
         self._on_joined = on_joined
         self._on_refused = on_refused
         self._on_drain = on_drain
-        self._report_now = asyncio.Event()
-        self._is_member = False
         self._was_member = False
 
     async def started(self) -> None:
-        self.spawn(self._stay(), name="membership")
+        for gateway in self._gateways:
+            self.spawn(self._stay(gateway), name="membership")
         self.spawn(self._measure(), name="usage of the process")
 
     async def stopped(self) -> None:
@@ -77,7 +88,8 @@ class Membership(Actor):
         """Take nothing new, say so, and wait until nothing is left; after the time-out what is left is lost to other workers."""
         for stage in self._stages:
             stage.is_draining = True
-        self._report_now.set()
+        for gateway in self._gateways:
+            gateway.report_now.set()
         try:
             async with asyncio.timeout(timeout_s):
                 for stage in self._stages:
@@ -86,44 +98,50 @@ class Membership(Actor):
             _log.warning("requests move elsewhere", worker=self._join.endpoint.worker)
             for stage in self._stages:
                 await stage.evacuate()
-        if self._directory is not None:
+        await asyncio.gather(*map(self._leave, self._gateways))
+
+    async def _leave(self, gateway: _Gateway) -> None:
+        if gateway.directory is not None:
             try:
-                await self.system.tell(self._directory, Leave(self._join.endpoint.worker), timeout_s=1.0)
+                await self.system.tell(gateway.directory, Leave(self._join.endpoint.worker), timeout_s=1.0)
             except EpdError:
                 pass  # the gateway has gone first
 
-    async def _stay(self) -> None:
+    async def _stay(self, gateway: _Gateway) -> None:
         """Join, report until the gateway is lost, join again."""
         backoff_s = FIRST_BACKOFF_S
+        is_told = False
         while True:
             try:
-                directory = Address(await self._find_gateway(), "directory")
-                await self._join_at(directory)
+                directory = Address(await gateway.find(), "directory")
+                await self._join_at(gateway, directory)
             except (Refused, BadConfig) as error:
                 self._on_refused(error)
                 return
             except EpdError as error:
-                if backoff_s == MAX_BACKOFF_S:  # a gateway that starts, restarts or stops with us is no news
-                    _log.warning("cannot join", reason=error.message)
+                if backoff_s == MAX_BACKOFF_S and not is_told:  # a gateway that starts, restarts or stops with us is no news
+                    _log.warning("cannot join, trying on", reason=error.message)
+                    is_told = True
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
                 continue
             backoff_s = FIRST_BACKOFF_S
-            self._directory = directory
+            is_told = False
+            gateway.directory = directory
             if not self._was_member:
                 self._was_member = True
                 self._on_joined()
-            await self._report(directory)
+            await self._report(gateway, directory)
 
-    async def _join_at(self, directory: Address) -> None:
+    async def _join_at(self, gateway: _Gateway, directory: Address) -> None:
         """With the link that is there from now on, the gateway forgets this worker."""
 
         def lost(_: WorkerId) -> None:
             unwatch()
-            self._is_member = False
-            self._report_now.set()
+            gateway.is_joined = False
+            gateway.report_now.set()
 
-        self._is_member = True
+        gateway.is_joined = True
         unwatch = self.system.watch(directory.worker, lost)
         try:
             await self.system.ask(directory, self._join, timeout_s=JOIN_TIMEOUT_S)
@@ -131,8 +149,8 @@ class Membership(Actor):
             unwatch()
             raise
 
-    async def _report(self, directory: Address) -> None:
-        while self._is_member:
+    async def _report(self, gateway: _Gateway, directory: Address) -> None:
+        while gateway.is_joined:
             links = tuple(link for stage in self._stages for link in stage.links())
             report = ReportLoad(
                 worker=self._join.endpoint.worker,
@@ -148,11 +166,11 @@ class Membership(Actor):
                 return
             except EpdError:
                 pass  # a busy gateway misses one report
-            self._report_now.clear()
+            gateway.report_now.clear()
             try:
                 # Not wait_for(): in Python 3.11 that one forgets a cancellation that comes together with the event.
                 async with asyncio.timeout(REPORT_S):
-                    await self._report_now.wait()
+                    await gateway.report_now.wait()
             except TimeoutError:
                 pass
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from epd.clock import monotonic
 from epd.cluster.fingerprint import fingerprint
-from epd.cluster.membership import Membership
+from epd.cluster.membership import FindGateway, Membership
 from epd.config import ServeConfig
 from epd.errors import BadConfig, EpdError, InternalError
 from epd.gateway.admission import Admission
@@ -226,7 +226,7 @@ class Node:
             block_format=parts.stack.backend.block_format,
         )
         membership = Membership(
-            partial(self._find_gateway, system),
+            self._gateways(system),
             join,
             actors,
             meter=parts.stack.open_meter(),
@@ -238,11 +238,14 @@ class Node:
         await system.register("membership", membership)
         return membership
 
-    async def _find_gateway(self, system: System) -> WorkerId:
-        if self._config.link.join is None:
-            return self._worker  # it is in this process
-        host, port = self._config.link.join
-        return (await system.discover(host, port, timeout_s=FIND_TIMEOUT_S)).worker
+    def _gateways(self, system: System) -> list[FindGateway]:
+        async def find(host: str, port: int) -> WorkerId:
+            return (await system.discover(host, port, timeout_s=FIND_TIMEOUT_S)).worker
+
+        async def find_own() -> WorkerId:
+            return self._worker
+
+        return [partial(find, *address) for address in self._config.link.join] or [find_own]
 
     def _joined(self) -> None:
         self._on_ready(self._url or f"{time.monotonic() - self._started:.1f} s")

@@ -41,3 +41,17 @@ def test_secrets_go_along_in_the_environment_and_not_where_everybody_reads_them(
     launcher = Launcher(config)
     assert not any("secret" in word for words in launcher.commands().values() for word in words)
     assert launcher._environment["EPD_API_KEY"] == "a secret"
+
+
+def test_several_gateways_have_ports_of_their_own_and_all_workers() -> None:
+    commands = commands_of("--gateways", "2", "--port", "8100", "--encode", "1")
+    gateways = {name: command for name, command in commands.items() if command.roles == ("gateway",)}
+    assert {name: command.http.port for name, command in gateways.items()} == {"gateway-0": 8100, "gateway-1": 8101}
+    joined = tuple(("127.0.0.1", command.link.port) for command in gateways.values())
+    assert len(set(joined)) == 2
+    assert {command.link.join for name, command in commands.items() if name not in gateways} == {joined}
+
+
+def test_gateways_on_any_port_choose_their_own() -> None:
+    commands = commands_of("--gateways", "2", "--port", "0")
+    assert [commands[name].http.port for name in ("gateway-0", "gateway-1")] == [0, 0]

@@ -74,7 +74,7 @@ class NodeCluster:
 
     def __init__(self, token_file: Path, options: Sequence[str]) -> None:
         self.members: list[Member] = []
-        self.url = ""
+        self.urls: list[str] = []  # of the gateways
         self._token_file = token_file
         self._options = tuple(options)
         self._join: tuple[str, ...] = ()
@@ -102,10 +102,16 @@ class NodeCluster:
             task.result()  # raises what ended it
         if not ready.is_set():
             raise ClusterFailed(f"node {roles} was not ready within {WAIT_S} s")
-        if "gateway" in roles and not self.url:
-            self.url = told[0]
-            self._join = ("--join", f"127.0.0.1:{member.endpoint.port}")
+        if "gateway" in roles:
+            self.urls.append(told[0])
+            gateways = [f"127.0.0.1:{each.endpoint.port}" for each in self.with_role("gateway")]
+            self._join = ("--join", ",".join(gateways))
         return member
+
+    @property
+    def url(self) -> str:
+        """Of the first gateway."""
+        return self.urls[0]
 
     @property
     def token(self) -> str:
@@ -122,8 +128,9 @@ class NodeCluster:
         return await asyncio.to_thread(get_json, f"{self.url}/v1/cluster")
 
     async def ready(self) -> None:
-        """Until the gateway says that it has a worker of every role."""
-        await eventually(lambda: asyncio.to_thread(is_ready, self.url), "the cluster to be ready")
+        """Until every gateway says that it has a worker of every role."""
+        for url in self.urls:
+            await eventually(lambda url=url: asyncio.to_thread(is_ready, url), "the cluster to be ready")
 
     async def idle(self) -> None:
         """Until nothing is held for any request anywhere, every owner agrees, and nothing was found wrong on the way."""
