@@ -130,7 +130,7 @@ class NodeCluster:
     async def ready(self) -> None:
         """Until every gateway says that it has a worker of every role."""
         for url in self.urls:
-            await eventually(lambda url=url: asyncio.to_thread(is_ready, url), "the cluster to be ready")
+            await eventually(partial(asyncio.to_thread, is_ready, url), "the cluster to be ready")
 
     async def idle(self) -> None:
         """Until nothing is held for any request anywhere, every owner agrees, and nothing was found wrong on the way."""
