@@ -2,7 +2,8 @@
 
 Reports count the seconds spent in steps and the tokens that came of them, since start. Their growth from one report to the next,
 recent steps weighing more, gives a speed. Workers of about one speed are taken to be of one kind and get their common one, since
-noise would else send everything to whoever was lucky last. Who has not worked yet is taken to be like the others.
+noise would else send everything to whoever was lucky last. Who has worked little is taken to be much like the others: first steps
+are slow, and whoever is thought to be slow is given little to show otherwise.
 
 Owns: sums per worker and stage. Does not know: what time it is.
 """
@@ -18,6 +19,7 @@ _FIRST_GUESS_S = {"encode": 25e-6, "prefill": 25e-6}
 _HALF_LIFE_S = 2.0  # of work: what was learnt that long ago counts half
 _MOST_S = 4.0  # that one report weighs: a worker that was there before this gateway has hours to tell of
 _ONE_KIND = 1.25  # workers within such a factor of the mean
+_GIVEN_S = 0.1  # of work at the common speed, that everybody is credited with
 
 
 @dataclass(slots=True)
@@ -27,9 +29,8 @@ class _Seen:
     seconds: float = 0.0  # of recent work, and the tokens that it gave
     tokens: float = 0.0
 
-    @property
-    def token_s(self) -> float:
-        return self.seconds / self.tokens
+    def token_s(self, common_s: float) -> float:
+        return (self.seconds + _GIVEN_S) / (self.tokens + _GIVEN_S / common_s)
 
     def report(self, load: StageLoad) -> bool:
         """Whether anything has been done since the last one."""
@@ -70,10 +71,12 @@ class Speeds:
         if mean_s is None:
             mean_s = self._mean_s[role] = self._mean_of(role)
         seen = self._seen[role].get(worker)
-        if seen is None or not seen.tokens:
+        if seen is None:
             return mean_s
-        return mean_s if mean_s / _ONE_KIND < seen.token_s < mean_s * _ONE_KIND else seen.token_s
+        own_s = seen.token_s(mean_s)
+        return mean_s if mean_s / _ONE_KIND < own_s < mean_s * _ONE_KIND else own_s
 
     def _mean_of(self, role: str) -> float:
-        known = [seen.token_s for seen in self._seen[role].values() if seen.tokens]
-        return sum(known) / len(known) if known else _FIRST_GUESS_S[role]
+        """Over all work, so that little of it says little."""
+        tokens = sum(seen.tokens for seen in self._seen[role].values())
+        return sum(seen.seconds for seen in self._seen[role].values()) / tokens if tokens else _FIRST_GUESS_S[role]

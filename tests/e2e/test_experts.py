@@ -14,8 +14,8 @@ from gpu.cuda.backend import CudaBackend
 from gpu.cuda.kernels.experts import experts
 from gpu.cuda.processes import ProcessId
 from gpu.cuda.reference import TorchKernels
-from tests.e2e.mix import Said, ask_one_by_one, cases
-from tests.e2e.test_same_tokens import TIGHT, Greedy, check_cold_and_warm, greedy_cases
+from tests.e2e.mix import Said, ask_at_once, cases
+from tests.e2e.test_same_tokens import TIGHT, Greedy, check, greedy_cases
 from tests.gpu.cuda.fake_driver import FakeDriver, FakeProcesses
 from tests.support.cluster import ALL_ROLES, APART, node_cluster
 from tests.support.experts import write_model
@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wanted(model: Path) -> tuple[Said, ...]:
     async def ask() -> list[Said]:
         async with node_cluster((ALL_ROLES,), "--model", str(model), "--served-model-name", "tiny-vl") as alone:
-            return await ask_one_by_one(alone.url, cases())
+            return await ask_at_once(alone.url, cases())
 
     return tuple(uvloop.run(ask()))
 
@@ -45,7 +45,7 @@ def test_greedy_output_is_that_of_transformers(model: Path, wanted: Sequence[Sai
 @pytest.mark.parametrize("options", [("--max-chunk-tokens", "16"), (*TIGHT, "--transfer", "socket")], ids=" ".join)
 async def test_nodes_apart(model: Path, wanted: Sequence[Said], options: Sequence[str]) -> None:
     async with node_cluster(APART, "--model", str(model), "--served-model-name", "tiny-vl", *options) as cluster:
-        await check_cold_and_warm(cluster.url, wanted)
+        check(await ask_at_once(cluster.url, cases()), wanted, cases())
         await cluster.idle()
 
 
@@ -63,5 +63,5 @@ async def test_the_way_through_a_device(model: Path, wanted: Sequence[Said], mon
     monkeypatch.setattr(gpu.cuda.backend, "open_cuda", open_cuda)
     options = ("--device", "cuda", "--kv-mib", "64", "--embedding-mib", "8")
     async with node_cluster((ALL_ROLES,), "--model", str(model), "--served-model-name", "tiny-vl", *options) as cluster:
-        await check_cold_and_warm(cluster.url, wanted)
+        check(await ask_at_once(cluster.url, cases()), wanted, cases())
         await cluster.idle()

@@ -41,6 +41,15 @@ def test_workers_of_about_one_speed_have_one() -> None:
     assert speeds.token_s(A, "prefill") < 0.6 * speeds.token_s(B, "prefill")
 
 
+def test_one_slow_step_says_little_and_a_second_of_them_much() -> None:
+    speeds = Speeds()
+    speeds.report(A, did(1.0, 1000))
+    speeds.report(B, did(0.03, 3))
+    assert speeds.token_s(A, "prefill") < speeds.token_s(B, "prefill") < 1.5 * speeds.token_s(A, "prefill")
+    speeds.report(B, did(1.03, 103))
+    assert speeds.token_s(B, "prefill") > 5 * speeds.token_s(A, "prefill")
+
+
 def test_what_was_long_ago_counts_little() -> None:
     speeds = Speeds()
     speeds.report(A, did(1.0, 100))

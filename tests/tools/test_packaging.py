@@ -48,6 +48,8 @@ def test_make_help_lists_every_target() -> None:
 
 
 def test_make_variables_reach_the_cluster() -> None:
-    words = ["make", "-n", "run-cluster", "MODEL=/m", "PORT=9", "ENCODE=3", "PREFILL=4", "DECODE=5", "DEVICE=cpu"]
+    words = ["make", "-n", "run-cluster", "MODEL=/m", "PORT=9", "GATEWAYS=2", "ENCODE=3", "PREFILL=4", "DECODE=5", "DEVICE=cpu"]
     shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.replace("\\\n", "")
-    assert '/epd cluster --model "/m" --port 9 --encode 3 --prefill 4 --decode 5 --device cpu' in " ".join(shown.split())
+    assert '/epd cluster --model "/m" --port 9 --gateways 2 --encode 3 --prefill 4 --decode 5 --device cpu' in " ".join(
+        shown.split()
+    )

@@ -56,6 +56,18 @@ _CONFIG: dict[str, Any] = {
     "max_window_layers": 28,
     "use_cache": True,
 }
+# A token takes part in an eighth of the experts' weights, as in the models that are published.
+_EXPERTS: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 8,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 384,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 
 
 def cache_folder() -> Path:
@@ -68,13 +80,21 @@ def qwen3_checkpoint(folder: Path | None = None, **changed: Any) -> Path:
 
     `changed` replaces entries of config.json, for a smaller one in tests; give it a folder of its own.
     """
-    folder = folder or cache_folder() / "qwen3-0.6b-random-f32"
+    return _write_once(folder or cache_folder() / "qwen3-0.6b-random-f32", _CONFIG | changed)
+
+
+def experts_checkpoint(folder: Path | None = None, **changed: Any) -> Path:
+    """A small Qwen3 with experts; otherwise as `qwen3_checkpoint` (2.0 GB)."""
+    return _write_once(folder or cache_folder() / "qwen3-experts-random-f32", _CONFIG | _EXPERTS | changed)
+
+
+def _write_once(folder: Path, config: dict[str, Any]) -> Path:
     if (folder / "config.json").exists():  # the last file that is written
         return folder
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        _write(partial, _CONFIG | changed)
+        _write(partial, config)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -84,13 +104,13 @@ def qwen3_checkpoint(folder: Path | None = None, **changed: Any) -> Path:
 
 def _write(folder: Path, config: dict[str, Any]) -> None:
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = byte_tokenizer(config["vocab_size"])
     ids = {name: int(tokenizer["added_tokens"][index]["id"]) for index, name in enumerate(_SPECIAL_TOKENS)}
     config |= {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
     torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**config)).save_pretrained(folder, max_shard_size="1GB")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(folder, max_shard_size="1GB")
     write_json(folder / "tokenizer.json", tokenizer)
     write_json(folder / "tokenizer_config.json", tokenizer_config(ids, _CHAT_TEMPLATE, config["max_position_embeddings"]))
     write_json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": [ids["<|im_end|>"]]})

@@ -1,7 +1,8 @@
 """The model on its own, beside `transformers` `generate`: `python -m tools.bench.engine`.
 
-Both run the same checkpoint (the geometry of Qwen3-0.6B, random weights, float32) in this process, with as many threads,
-in turns, on the same prompts. A figure is the median over all steps of all turns. Sampling is greedy and part of a step in both.
+Both run the same checkpoints (the geometry of Qwen3-0.6B, and a small one with experts; random weights, float32) in this
+process, with as many threads, in turns, on the same prompts. A figure is the median over all steps of all turns. Sampling is
+greedy and part of a step in both.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from gpu.backend import open_backend
 from gpu.kernels.compiler import warm_up
 from gpu.pool import PoolSpec
 from protocol.messages import RequestId, Sampling
-from tools.bench.checkpoint import qwen3_checkpoint
+from tools.bench.checkpoint import experts_checkpoint, qwen3_checkpoint
 from tools.bench.rows import Row, make_row, render
 
 _BATCHES = (1, 8, 32)
@@ -48,23 +49,38 @@ def run(
     batches: Sequence[int] = _BATCHES,
     prefill_tokens: int = _PREFILL_TOKENS,
 ) -> list[Row]:
-    """Rows of the comparison, with bars; and, without, the bundled model's bare steps. Some minutes."""
+    """Rows of the comparison, with bars; and, without, the bundled model's bare steps. Some minutes.
+
+    `folder`: another checkpoint in place of both.
+    """
     torch.set_num_threads(num_threads)
-    pair = _Pair(folder or qwen3_checkpoint(), num_threads, max_tokens=max(prefill_tokens, 32 * (_PROMPT_TOKENS + num_steps + 2)))
+    folders = {"engine": folder} if folder else {"engine": qwen3_checkpoint(), "engine, experts": experts_checkpoint()}
+    rows = []
+    for name, each in folders.items():
+        pair = _Pair(each, num_threads, max_tokens=max(prefill_tokens, 32 * (_PROMPT_TOKENS + num_steps + 2)))
+        rows += _compare(name, pair, num_threads, rounds, num_steps, batches, prefill_tokens)
+        pair.close()
+    return rows + _bundled_rows(num_threads)
+
+
+def _compare(
+    name: str, pair: _Pair, num_threads: int, rounds: int, num_steps: int, batches: Sequence[int], prefill_tokens: int
+) -> list[Row]:
     note = f"baseline: transformers generate, {num_threads} thread{'s' * (num_threads > 1)} each"
     rows = []
-    with tqdm(total=rounds * (1 + len(batches)), desc="engine") as bar:
+    with tqdm(total=rounds * (1 + len(batches)), desc=name) as bar:
         for batch in batches:
             ours, theirs = _in_turns(pair, rounds, batch, _PROMPT_TOKENS, num_steps, bar)
-            name = f"engine, decode, batch {batch}"
-            rows.append(make_row(name, batch / ours.step_s, "tokens/s", baseline=batch / theirs.step_s, bar=">=1", note=note))
-            if batch == 1:
+            speeds = [batch / each.step_s for each in (ours, theirs)]
+            rows.append(
+                make_row(f"{name}, decode, batch {batch}", speeds[0], "tokens/s", baseline=speeds[1], bar=">=1", note=note)
+            )
+            if batch == 1 and pair.config.text.experts is None:  # of experts, few are read
                 rows.append(_bandwidth_row(pair, ours.step_s))
         ours, theirs = _in_turns(pair, rounds, 1, prefill_tokens, 0, bar)
         speeds = [prefill_tokens / each.first_s for each in (ours, theirs)]
-        rows.append(make_row(f"engine, prefill, {prefill_tokens} tokens", speeds[0], "tokens/s", baseline=speeds[1], bar=">=1"))
-    pair.close()
-    return rows + _bundled_rows(num_threads)
+        rows.append(make_row(f"{name}, prefill, {prefill_tokens} tokens", speeds[0], "tokens/s", baseline=speeds[1], bar=">=1"))
+    return rows
 
 
 @dataclass

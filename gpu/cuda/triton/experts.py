@@ -156,7 +156,7 @@ def _place(
     tl.store(chosen + num_pairs + before + taken, pairs, mask=wanted)
 
 
-@kernel()
+@kernel(small=("order",))
 def _multiply_tile(
     x: tl.tensor,
     weight: tl.tensor,

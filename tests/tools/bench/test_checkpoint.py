@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from epd.model.config import load_model_config
 from epd.model.weights import load_text_weights
-from tools.bench.checkpoint import qwen3_checkpoint
+from tools.bench.checkpoint import experts_checkpoint, qwen3_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,17 @@ def test_a_failed_writing_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="negative dimension"):
         qwen3_checkpoint(tmp_path / "bad", vocab_size=600, num_hidden_layers=1, hidden_size=-1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_with_experts(tmp_path: Path) -> None:
+    folder = experts_checkpoint(
+        tmp_path / "experts", vocab_size=600, num_hidden_layers=1, hidden_size=32, moe_intermediate_size=16
+    )
+    experts = load_model_config(folder).text.experts
+    assert experts is not None
+    assert (experts.num_experts, experts.num_chosen, experts.normalizes) == (32, 4, True)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_experts == 32
+    load_text_weights(load_model_config(folder), folder)
 
 
 def test_the_default_geometry_is_that_of_qwen3_0_6b() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tools.bench import engine
-from tools.bench.checkpoint import qwen3_checkpoint
+from tools.bench.checkpoint import experts_checkpoint, qwen3_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,22 @@ def test_rows_have_bars_and_baselines(folder: Path, monkeypatch: pytest.MonkeyPa
         ("engine, prefill, 40 tokens", "tokens/s", ">=1"),
     ]
     assert all(row["ratio"] is not None and row["ratio"] > 0 for row in rows)
+
+
+def test_without_a_folder_both_checkpoints_are_compared(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16, "moe_intermediate_size": 16}
+    other = experts_checkpoint(tmp_path / "experts", **small, num_key_value_heads=2, vocab_size=400)
+    monkeypatch.setattr(engine, "_BUNDLED", tmp_path / "none")
+    monkeypatch.setattr(engine, "qwen3_checkpoint", lambda: folder)
+    monkeypatch.setattr(engine, "experts_checkpoint", lambda: other)
+    rows = engine.run(rounds=1, num_steps=1, batches=(1,), prefill_tokens=20)
+    assert [row["name"] for row in rows] == [
+        "engine, decode, batch 1",
+        "engine, decode, batch 1: memory read",
+        "engine, prefill, 20 tokens",
+        "engine, experts, decode, batch 1",
+        "engine, experts, prefill, 20 tokens",
+    ]
 
 
 def test_both_sides_take_the_same_steps(folder: Path) -> None:
