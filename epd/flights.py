@@ -86,8 +86,10 @@ class Flights(Generic[PlanT]):
         """Drop what has not begun and wait for what has, for cleaning up."""
         flights = list(self._flights)
         self._flights.clear()
-        for flight in flights:
-            if not flight.submitted.cancel():
-                await asyncio.wait([flight.future])
-            if not flight.future.cancelled():
-                flight.future.exception()  # nobody is left who would want to know
+        # The last first: what is dropped cannot begin while those before it end.
+        begun = [flight.future for flight in reversed(flights) if not flight.submitted.cancel()]
+        if begun:
+            await asyncio.wait(begun)
+        for future in begun:
+            if not future.cancelled():
+                future.exception()  # nobody is left who would want to know

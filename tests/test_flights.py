@@ -120,5 +120,6 @@ async def test_settling_drops_what_has_not_begun_and_waits_for_what_has(bench: B
     bench.runner.go.release()
     await settling
     bench.stream.close()
+    assert not bench.runner.begun.acquire(blocking=False)
     assert bench.runner.num_done == 1
     assert bench.landed() == []

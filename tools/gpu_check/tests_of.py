@@ -19,7 +19,8 @@ from xml.etree import ElementTree
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "gpu": ("tests/gpu", "--ignore", "tests/gpu/cuda/kernels", "--ignore", "tests/gpu/cuda/triton"),
     "numba kernels": ("tests/gpu/cuda/kernels",),
-    "triton kernels": ("tests/gpu/cuda/triton",),
+    "triton kernels": ("tests/gpu/cuda/triton", "--ignore", "tests/gpu/cuda/triton/cases/test_experts.py"),
+    "triton experts": ("tests/gpu/cuda/triton/cases/test_experts.py",),
     "model": ("tests/model",),
     "end to end": ("tests/e2e/test_gpu.py",),
 }
