@@ -9,7 +9,8 @@ Owns: who waits for which image, and the embedding pool's memory. Does not know:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from epd.cache.encoder_cache import Embedding, EncoderCache
@@ -24,9 +25,25 @@ from epd.transfer.sender import Sender
 from gpu.errors import DeviceFailed
 from gpu.pool import Pool
 from gpu.stream import Stream
-from protocol.messages import Abort, EmbeddingRef, Encode, Encoded, LinkLoad, RequestId, Span, StageLoad
+from protocol.messages import Abort, EmbeddingRef, Encode, Encoded, LinkLoad, RequestId, Span, StageLoad, WorkerId
 
 _Patches = Any  # of the runner's own kind, or an exception
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    reply: Reply
+    at: float
+    asker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class _Lease:
+    """Of a handle that was given out."""
+
+    epoch: int
+    lease_id: int
+    asker: WorkerId
 
 
 class EncodeActor(StageActor):
@@ -57,8 +74,9 @@ class EncodeActor(StageActor):
         self._preprocess_stream = preprocess_stream
         self._lease_s = lease_s
         self._images: dict[str, bytes | memoryview] = {}  # of queued and running jobs, by mm_hash
-        self._replies: dict[Waiter, list[tuple[Reply, float]]] = {}  # and when each was asked
-        self._leases: dict[RequestId, list[tuple[int, int]]] = {}  # (epoch, lease) of handles given out; ended ones are swept
+        self._asked: dict[Waiter, list[_Asked]] = {}
+        self._leases: dict[RequestId, list[_Lease]] = {}  # of handles given out; ended ones are swept
+        self._askers: dict[WorkerId, Callable[[], None]] = {}  # that are watched, and what ends that
         self._running: asyncio.Task[None] | None = None
 
     # --- messages ---------------------------------------------------------------------------------------------------
@@ -80,7 +98,8 @@ class EncodeActor(StageActor):
         item, now = message.item, self.clock()
         embedding = self._cache.get(item.mm_hash)
         if embedding is not None:
-            mail.reply.send(self._encoded(message.request_id, message.epoch, embedding, (), cached=True))
+            self._watch(mail.sender)
+            mail.reply.send(self._encoded(message.request_id, message.epoch, mail.sender, embedding, (), cached=True))
             return
         if len(mail.buffers) != 1:
             raise InternalError(f"an image came in {len(mail.buffers)} buffers")
@@ -90,7 +109,8 @@ class EncodeActor(StageActor):
             )
         job = self._batcher.add(message.request_id, message.epoch, item, now + message.deadline_s)
         self._images.setdefault(item.mm_hash, mail.buffers[0])
-        self._replies.setdefault(job.waiters[-1], []).append((mail.reply, now))
+        self._asked.setdefault(job.waiters[-1], []).append(_Asked(mail.reply, now, mail.sender))
+        self._watch(mail.sender)
         mail.reply.on_cancel(lambda: self._abort(message.request_id, message.epoch))
         self.wake()
 
@@ -144,22 +164,32 @@ class EncodeActor(StageActor):
 
     def _answer(self, waiters: Sequence[Waiter], embedding: Embedding, picked_at: float, started: float, now: float) -> None:
         for waiter in waiters:
-            for reply, asked in self._replies.pop(waiter, ()):
+            for asked in self._asked.pop(waiter, ()):
                 spans = (
-                    Span("encode queue", 0.0, max(0.0, picked_at - asked)),
-                    Span("preprocess", max(0.0, picked_at - asked), started - asked),
-                    Span("encode", started - asked, now - asked),
+                    Span("encode queue", 0.0, max(0.0, picked_at - asked.at)),
+                    Span("preprocess", max(0.0, picked_at - asked.at), started - asked.at),
+                    Span("encode", started - asked.at, now - asked.at),
                 )
-                if not reply.cancelled:
-                    reply.send(self._encoded(waiter.request_id, waiter.epoch, embedding, self.counted(spans), cached=False))
+                if not asked.reply.cancelled:
+                    told = self._encoded(
+                        waiter.request_id, waiter.epoch, asked.asker, embedding, self.counted(spans), cached=False
+                    )
+                    asked.reply.send(told)
 
     def _encoded(
-        self, request_id: RequestId, epoch: int, embedding: Embedding, spans: tuple[Span, ...], *, cached: bool
+        self,
+        request_id: RequestId,
+        epoch: int,
+        asker: WorkerId,
+        embedding: Embedding,
+        spans: tuple[Span, ...],
+        *,
+        cached: bool,
     ) -> Encoded:
         """Every handle has a lease of its own: whoever gets it may fetch until it is released or expires."""
         pool = self._sender.pool
         lease_id = self._cache.lease(embedding.mm_hash, self.clock() + self._lease_s)
-        self._leases.setdefault(request_id, []).append((epoch, lease_id))
+        self._leases.setdefault(request_id, []).append(_Lease(epoch, lease_id, asker))
         ref = EmbeddingRef(
             worker=pool.worker,
             generation=pool.generation,
@@ -176,24 +206,36 @@ class EncodeActor(StageActor):
     def _fail(self, waiters: Sequence[Waiter], error: Exception) -> None:
         answer = error if isinstance(error, EpdError) else InternalError(f"encoding failed: {error}")
         for waiter in waiters:
-            for reply, _ in self._replies.pop(waiter, ()):
-                reply.fail(answer)
+            for asked in self._asked.pop(waiter, ()):
+                asked.reply.fail(answer)
 
     def _abort(self, request_id: RequestId, epoch: int) -> None:
         for waiter in self._batcher.abort(request_id, epoch):
-            self._replies.pop(waiter, None)
+            self._asked.pop(waiter, None)
         self._drop_images()
 
     def _release_leases(self, request_id: RequestId, epoch: int) -> None:
         """The request has ended: an answer that crossed its cancellation gave a lease to nobody."""
-        for lease_epoch, lease_id in self._leases.get(request_id, ()):
-            if lease_epoch <= epoch:
-                self._cache.release(lease_id)
+        for lease in self._leases.get(request_id, ()):
+            if lease.epoch <= epoch:
+                self._cache.release(lease.lease_id)
         self.wake()
+
+    def _watch(self, asker: WorkerId) -> None:
+        """What a gateway that dies has asked for, nobody will abort."""
+
+        def lost(_: WorkerId) -> None:
+            self._askers.pop(asker)()
+            for lease in [lease for leases in self._leases.values() for lease in leases if lease.asker == asker]:
+                self._cache.release(lease.lease_id)
+            self.wake()
+
+        if asker not in self._askers:
+            self._askers[asker] = self.system.watch(asker, lost)
 
     def _forget_ended_leases(self) -> None:
         standing = {
-            request_id: [(epoch, lease_id) for epoch, lease_id in leases if self._cache.has_lease(lease_id)]
+            request_id: [lease for lease in leases if self._cache.has_lease(lease.lease_id)]
             for request_id, leases in self._leases.items()
         }
         self._leases = {request_id: leases for request_id, leases in standing.items() if leases}
@@ -205,13 +247,15 @@ class EncodeActor(StageActor):
 
     def sweep(self, now: float) -> None:
         for waiter in self._batcher.expire(now):
-            for reply, _ in self._replies.pop(waiter, ()):
-                reply.fail(DeadlineExceeded("the request ran out of time in encode"))
+            for asked in self._asked.pop(waiter, ()):
+                asked.reply.fail(DeadlineExceeded("the request ran out of time in encode"))
         self._drop_images()
         self._cache.expire(now)
         self._forget_ended_leases()
 
     async def stopped(self) -> None:
+        for unwatch in self._askers.values():
+            unwatch()
         self._runner.close()
 
     # --- what others see --------------------------------------------------------------------------------------------
@@ -241,7 +285,7 @@ class EncodeActor(StageActor):
         return []  # encode sends and never pulls
 
     def is_idle(self) -> bool:
-        return self._batcher.is_idle() and self._cache.is_idle() and not self._replies and not self._images
+        return self._batcher.is_idle() and self._cache.is_idle() and not self._asked and not self._images
 
     def check_integrity(self) -> None:
         self._batcher.check_integrity()

@@ -80,7 +80,7 @@ class PrefillActor(StageActor):
         self._merge_size = merge_size
         self._lease_s = lease_s
         self._entries: dict[RequestId, Entry] = {}
-        self._handed_over: dict[RequestId, HandOver] = {}  # whose leases may still stand
+        self._handed_over: dict[RequestId, Entry] = {}  # whose leases may still stand
         self._early = EarlyPulls(clock)
 
     # --- messages ---------------------------------------------------------------------------------------------------
@@ -186,10 +186,10 @@ class PrefillActor(StageActor):
     async def _hand_over(self, entry: Entry, hand_over: HandOver) -> None:
         is_sent = await hand_over.run()
         if is_sent and self._entries.get(entry.request.request_id) is entry:
-            # Every block is under a lease now; the leases keep what the decode worker has not copied yet.
-            self._forget(entry)
+            # Every block is under a lease now, which keeps what the decode worker has not copied yet, while its asker is there.
+            del self._entries[entry.request.request_id]
             self._scheduler.release(entry.request.request_id)
-            self._handed_over[entry.request.request_id] = hand_over
+            self._handed_over[entry.request.request_id] = entry
             self.freed()
         else:  # it failed, or the request was aborted while the last of it was sent
             hand_over.release()
@@ -278,9 +278,8 @@ class PrefillActor(StageActor):
     def _abort(self, request_id: RequestId, epoch: int, error: EpdError) -> None:
         self._early.drop(request_id, epoch)
         given = self._handed_over.get(request_id)
-        if given is not None and given.epoch <= epoch:
-            del self._handed_over[request_id]
-            given.release()
+        if given is not None and given.request.epoch <= epoch:
+            self._let_go(given)
         entry = self._entries.get(request_id)
         if entry is not None and entry.request.epoch <= epoch:
             self._scheduler.abort(request_id)
@@ -295,6 +294,14 @@ class PrefillActor(StageActor):
         if entry.hand_over is not None:
             entry.hand_over.fail(error)
 
+    def _let_go(self, entry: Entry) -> None:
+        """What was handed over has been copied, or nobody wants it any more."""
+        del self._handed_over[entry.request.request_id]
+        entry.unwatch()
+        if entry.hand_over is not None:
+            entry.hand_over.release()
+            self.freed()
+
     def _forget(self, entry: Entry) -> None:
         if self._entries.get(entry.request.request_id) is entry:
             del self._entries[entry.request.request_id]
@@ -307,8 +314,9 @@ class PrefillActor(StageActor):
             )
         self._early.expire(now)
         self._blocks.expire(now)
-        for request_id in [request_id for request_id, given in self._handed_over.items() if given.is_over]:
-            del self._handed_over[request_id]
+        for entry in list(self._handed_over.values()):
+            if entry.hand_over is None or entry.hand_over.is_over:
+                self._let_go(entry)
 
     def _entry(self, request_id: RequestId, epoch: int) -> Entry:
         entry = self._entries.get(request_id)

@@ -11,8 +11,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.e2e.mix import Said, ask_at_once, cases, session
-from tests.e2e.test_failures import LONG, Trigger, compare, stream
+from tests.e2e.mix import Case, Said, ask_at_once, cases, session
+from tests.e2e.test_failures import IMAGES, LONG, Trigger, compare, stream
 from tests.e2e.test_same_tokens import TIGHT, check
 from tests.support.cluster import ProcessCluster, children, get_json, is_ready, node_cluster, process_cluster, wait_until
 
@@ -46,26 +46,30 @@ async def test_a_worker_that_leaves_tells_both(undisturbed: Sequence[Said]) -> N
         await cluster.idle()
 
 
-async def test_a_killed_gateway_takes_its_own_streams_along_and_no_others() -> None:
-    with process_cluster("--gateways", "2", "--max-chunk-tokens", "16", "--lease-s", "600") as cluster:
+@pytest.mark.parametrize("workers", ["encode+prefill+decode:2", "encode:1,prefill:1,decode:1"])
+async def test_a_killed_gateway_takes_its_own_streams_along_and_no_others(workers: str) -> None:
+    """Early, when images, KV blocks and tokens of its requests are on their way: no worker keeps any of that for longer."""
+    of = [*LONG, *IMAGES]
+    options = ("--gateways", "2", "--workers", workers, "--max-chunk-tokens", "16", "--lease-s", "600")
+    with process_cluster(*options) as cluster:
         first, second = cluster.process.line(r"epd is ready at (\S+) and at (\S+)").groups()
         wait_until(lambda: is_ready(first) and is_ready(second), "both gateways to be ready")
-        workers = cluster.workers()
-        wanted = {case.name: said for case, said in zip(LONG, await ask_at_once(second, LONG), strict=True)}
-        kill = Trigger(20, lambda: os.kill(_pid_of(cluster, "gateway-0"), signal.SIGKILL))
-        async with session(first) as doomed, session(second) as other:
-            lost = asyncio.gather(*(stream(doomed, case, kill) for case in LONG), return_exceptions=True)
-            compare(LONG, wanted, await asyncio.gather(*(stream(other, case, Trigger(-1, lambda: None)) for case in LONG)))
-            assert all(isinstance(outcome, aiohttp.ClientError) for outcome in await lost)
+        pids = cluster.workers()
+        wanted = {case.name: said for case, said in zip(of, await ask_at_once(second, of), strict=True)}
+        kill = Trigger(3, lambda: os.kill(_pid_of(cluster, "gateway-0"), signal.SIGKILL))
+        lost, kept = await asyncio.gather(_streams(first, of, kill), _streams(second, of))
+        assert all(isinstance(outcome, aiohttp.ClientError) for outcome in lost)
+        compare(of, wanted, [outcome for outcome in kept if not isinstance(outcome, BaseException)])
         await asyncio.to_thread(cluster.process.line, r"gateway-0 +ready again")
-        wait_until(lambda: is_ready(first) and cluster.workers() == workers, "the gateway to be back with its workers")
-        compare(LONG, wanted, await _streams(first))
+        wait_until(lambda: is_ready(first) and cluster.workers() == pids, "the gateway to be back with its workers")
         cluster.wait_until_idle()
+        compare(LONG, wanted, [outcome for outcome in await _streams(first, LONG) if not isinstance(outcome, BaseException)])
 
 
-async def _streams(url: str) -> list[tuple[str, str, int]]:
+async def _streams(url: str, of: Sequence[Case], trigger: Trigger | None = None) -> list[tuple[str, str, int] | BaseException]:
     async with session(url) as client:
-        return await asyncio.gather(*(stream(client, case, Trigger(-1, lambda: None)) for case in LONG))
+        told = trigger or Trigger(-1, lambda: None)
+        return await asyncio.gather(*(stream(client, case, told) for case in of), return_exceptions=True)
 
 
 def _pid_of(cluster: ProcessCluster, name: str) -> int:

@@ -71,7 +71,7 @@ async def test_an_image_is_encoded_once_however_often_it_is_asked_for() -> None:
     async with _bench() as bench:
         bench.stage.runner.gate.clear()
         asks = [asyncio.create_task(bench.encode(b"same", request=f"r{number}")) for number in range(4)]
-        await until(lambda: len(bench.stage.actor._replies) == 4)
+        await until(lambda: len(bench.stage.actor._asked) == 4)
         bench.stage.runner.gate.set()
         answers = await asyncio.gather(*asks)
         again = await bench.encode(b"same")
@@ -115,6 +115,21 @@ async def test_leases_expire() -> None:
         await bench.idle()
 
 
+async def test_what_a_gateway_had_asked_for_goes_with_it() -> None:
+    """Handles that it was given, new and cached ones; what others were given stays."""
+    async with _bench() as bench, running("other") as (other,):
+        await bench.encode(b"one")
+        await bench.encode(b"one", request="s")
+        other.introduce(bench.stage.actor.system.endpoint)
+        message = Encode(RequestId("t"), 1, stages.item(b"one", 0, 3), 10.0)
+        await other.ask(bench.to, message, (b"one",), timeout_s=20)
+        assert bench.stage.actor.load().num_leases == 3
+        await bench.client.stop()
+        await until(lambda: bench.stage.actor.load().num_leases == 1)
+        await other.stop()
+        await bench.idle()
+
+
 @pytest.mark.parametrize("how", ["abort", "leave", "deadline"])
 async def test_what_nobody_waits_for_is_forgotten(how: str) -> None:
     async with _bench() as bench:
@@ -128,7 +143,7 @@ async def test_what_nobody_waits_for_is_forgotten(how: str) -> None:
         match how:
             case "abort":
                 await bench.client.tell(bench.to, Abort(RequestId("gone"), 1))
-                await until(lambda: len(bench.stage.actor._replies) == 1)
+                await until(lambda: len(bench.stage.actor._asked) == 1)
                 for ask in asks:
                     ask.cancel()
             case "leave":

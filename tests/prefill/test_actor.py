@@ -96,3 +96,25 @@ async def test_what_is_done_waits_for_decode_as_long_as_its_asker_is_there() -> 
             stage.check()
     finally:
         backend.close()
+
+
+async def test_what_was_handed_over_and_not_fetched_goes_with_its_asker() -> None:
+    """The decode worker has left the hand-over to itself, having lost the same gateway; nobody sends an Abort."""
+    backend, clock = CpuBackend(), FakeClock()
+    try:
+        async with running("gateway", "decode", "prefill") as (gateway, decode, server):
+            stage = await stages.add_prefill(server, backend, lease_s=600.0, clock=clock)
+            to = Address(server.worker, "prefill")
+            prompt = stages.tokens_as_bytes([1, 2, 3, 4, 5])
+            await gateway.ask(to, Prefill(RequestId("r"), 1, prompt, 5, (), stages.sampling(9), 600.0), timeout_s=20)
+            message = PullKV(RequestId("r"), 1, stage.memory.layout, 300.0)
+            async with aclosing(decode.stream(to, message, timeout_s=20)) as answers:
+                assert [type(answer.message) async for answer in answers] == [KVChunk, Handoff]
+            await until(lambda: not stage.actor._entries)
+            stage.actor.sweep(clock())
+            assert stage.actor.load().num_leases == 1
+            await gateway.stop()
+            await until(lambda: not stage.actor.load().num_leases)
+            stage.check()
+    finally:
+        backend.close()

@@ -13,7 +13,10 @@ from gpu.cuda.kernels.checks import check_experts
 
 
 def experts(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, num_chosen: int, normalizes: bool, out: Tensor) -> None:
-    """See `gpu.cuda.kernels.Kernels`. In bfloat16, shares and what stands between products are rounded to it too."""
+    """See `gpu.cuda.kernels.Kernels`. In bfloat16, shares and what stands between products are rounded to it too.
+
+    Of float32 no graph can be captured: torch multiplies it run by run, and asks the device where they end.
+    """
     check_experts(x, logits, gate_up, down, num_chosen, out)
     if not x.numel():
         return
