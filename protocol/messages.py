@@ -423,7 +423,7 @@ class Drain(Message, frozen=True, tag=53):
 
 
 class Leave(Message, frozen=True, tag=54):
-    """Tell the directory goodbye: nothing of mine is running."""
+    """Tell the directory goodbye: nothing of mine is running. From a directory: it does not have the worker, who may join."""
 
     worker: WorkerId
 

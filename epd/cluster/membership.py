@@ -70,6 +70,7 @@ class Membership(Actor):
         self._on_refused = on_refused
         self._on_drain = on_drain
         self._was_member = False
+        self._has_left = False
 
     async def started(self) -> None:
         for gateway in self._gateways:
@@ -80,9 +81,16 @@ class Membership(Actor):
         self._meter.close()
 
     async def receive(self, mail: Mail) -> None:
-        if not isinstance(mail.message, Drain):
-            raise InternalError(f"membership was sent {type(mail.message).__name__}")
-        self._on_drain()
+        match mail.message:
+            case Drain():
+                self._on_drain()
+            case Leave():
+                for gateway in self._gateways:
+                    if gateway.directory is not None and gateway.directory.worker == mail.sender:
+                        gateway.is_joined = False
+                        gateway.report_now.set()
+            case other:
+                raise InternalError(f"membership was sent {type(other).__name__}")
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, say so, and wait until nothing is left; after the time-out what is left is lost to other workers."""
@@ -98,6 +106,7 @@ class Membership(Actor):
             _log.warning("requests move elsewhere", worker=self._join.endpoint.worker)
             for stage in self._stages:
                 await stage.evacuate()
+        self._has_left = True
         await asyncio.gather(*map(self._leave, self._gateways))
 
     async def _leave(self, gateway: _Gateway) -> None:
@@ -111,7 +120,7 @@ class Membership(Actor):
         """Join, report until the gateway is lost, join again."""
         backoff_s = FIRST_BACKOFF_S
         is_told = False
-        while True:
+        while not self._has_left:
             try:
                 directory = Address(await gateway.find(), "directory")
                 await self._join_at(gateway, directory)
@@ -150,7 +159,7 @@ class Membership(Actor):
             raise
 
     async def _report(self, gateway: _Gateway, directory: Address) -> None:
-        while gateway.is_joined:
+        while gateway.is_joined and not self._has_left:
             links = tuple(link for stage in self._stages for link in stage.links())
             report = ReportLoad(
                 worker=self._join.endpoint.worker,

@@ -19,14 +19,14 @@ import numpy as np
 
 from epd.cache.prefix import block_hashes
 from epd.clock import Clock
-from epd.errors import InternalError, Refused, Unavailable
+from epd.errors import EpdError, InternalError, Refused, Unavailable
 from epd.exposition import MemberLoad
 from epd.gateway.observer import Observer
 from epd.gateway.placement import Assignment, Placement, WorkerView
 from epd.log import Log
 from epd.microkernel.actor import Actor, Mail
 from epd.request import GenerateRequest
-from protocol.messages import Endpoint, Join, Joined, Leave, MMItem, Part, ReportLoad, StageLoad, WorkerId
+from protocol.messages import Address, Endpoint, Join, Joined, Leave, MMItem, Part, ReportLoad, StageLoad, WorkerId
 
 STAGES = ("encode", "prefill", "decode")
 MAX_WAIT_FOR_WORKER_S = 30.0  # long enough for a worker that died to be started again
@@ -113,7 +113,8 @@ class Fleet(Actor):
                 self._admit(join)
                 mail.reply.send(Joined(self.system.endpoint))
             case ReportLoad() as report:
-                self._update(report)
+                if not self._update(report):
+                    self.spawn(self._send_away(mail.sender, report.worker), name="not a member")
             case Leave(worker=worker):
                 self._remove(worker, "it has left", is_lost=False)
             case other:
@@ -148,14 +149,23 @@ class Fleet(Actor):
         _log.info("worker joined", worker=worker, roles=",".join(join.roles))
         self._members_changed()
 
-    def _update(self, report: ReportLoad) -> None:
+    async def _send_away(self, sender: WorkerId, worker: WorkerId) -> None:
+        """It was removed and does not know: where both ends dial, one may see a link lost that the other saw replaced."""
+        try:
+            await self.system.tell(Address(sender, "membership"), Leave(worker), timeout_s=1.0)
+        except EpdError:
+            pass  # it will report again, or join
+
+    def _update(self, report: ReportLoad) -> bool:
+        """False: nobody of that name is a member."""
         member = self._members.get(report.worker)
         if member is None:
-            return  # it has just been removed; it will join again
+            return False
         member.load = MemberLoad(report.worker, report.stages, report.links, report.process, report.draining)
         member.reported_at = self._clock()
         self._members_changed()
         self._observer.reported(member.load)
+        return True
 
     def _remove(self, worker: WorkerId, reason: str, *, is_lost: bool) -> None:
         member = self._members.pop(worker, None)

@@ -13,9 +13,10 @@ from epd.gateway.fleet import Fleet
 from epd.gateway.observer import Observer
 from epd.gateway.placement import Placement
 from epd.metrics import GatewayMetrics
+from epd.microkernel.actor import Actor, Mail
 from epd.microkernel.system import System
 from epd.request import GenerateRequest
-from protocol.messages import Address, Join, Joined, Leave, LinkLoad, ReportLoad, RequestId, Sampling, StageLoad
+from protocol.messages import Address, Join, Joined, Leave, LinkLoad, Message, ReportLoad, RequestId, Sampling, StageLoad
 from tests.support.clock import FakeClock
 from tests.support.stages import item
 from tests.support.systems import running, until
@@ -65,6 +66,31 @@ async def test_a_worker_joins_reports_and_leaves() -> None:
         await worker.tell(DIRECTORY, Leave(worker.worker))
         await until(lambda: not fleet.is_alive(worker.worker))
         assert fleet.missing_roles() == ("encode", "prefill", "decode")
+
+
+class _Told(Actor):
+    """Stands for a worker's membership."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[Message] = []
+
+    async def receive(self, mail: Mail) -> None:
+        self.messages.append(mail.message)
+
+
+async def test_a_worker_that_is_no_member_and_does_not_know_is_told() -> None:
+    async with _fleet() as (fleet, _, worker):
+        told = _Told()
+        await worker.register("membership", told)
+        report = ReportLoad(worker.worker, (StageLoad("decode"),), ())
+        await worker.tell(DIRECTORY, report)
+        await until(lambda: told.messages == [Leave(worker.worker)])
+        assert not fleet.is_alive(worker.worker)
+        await worker.ask(DIRECTORY, _join(worker, "decode"), timeout_s=5)
+        await worker.tell(DIRECTORY, report)
+        await worker.ask(DIRECTORY, _join(worker, "decode"), timeout_s=5)  # behind the report
+        assert len(told.messages) == 1
 
 
 async def test_a_worker_with_another_model_is_refused() -> None:
