@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from epd.gateway.tokenizer import Tokenizer
+from epd.tokenizer import Tokenizer
 from epd.request import GenerateRequest, TextLogprob
 from protocol.messages import Token
 

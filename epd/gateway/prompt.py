@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from epd.errors import BadImage, BadRequest, PromptTooLong, Unsupported
+from epd.gateway.speech import Thinking
 from epd.gateway.template import ChatTemplate
-from epd.gateway.tokenizer import Tokenizer
+from epd.tokenizer import Tokenizer
 from epd.model.config import ModelConfig
 from epd.model.preprocess import MAX_IMAGE_PIXELS, image_grid
 from epd.request import PromptImage
@@ -35,6 +36,7 @@ class Prompt:
 
     token_ids: tuple[int, ...]
     images: tuple[PromptImage, ...] = ()
+    thinking: Thinking = Thinking.NONE  # what it says of thoughts before the answer
 
 
 class Prompter:
@@ -69,15 +71,18 @@ class Prompter:
         messages: Sequence[Mapping[str, object]],
         images: Sequence[bytes] = (),
         options: Mapping[str, object] | None = None,
+        tools: Sequence[Mapping[str, object]] = (),
         *,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
     ) -> Prompt:
         """The prompt for the assistant's next turn.
 
         Args:
-            messages: `role` and `content`: a text, or parts `{"type": "text", "text": ...}` and `{"type": "image"}`.
+            messages: `role` and `content`: a text, or parts `{"type": "text", "text": ...}` and `{"type": "image"}`; what else
+                they have is the template's to know.
             images: the files of the image parts, in their order.
             options: variables of the template, such as `enable_thinking`.
+            tools: functions that the model may call, as OpenAI's API describes them.
             max_image_pixels: of an image as it was sent.
 
         Raises:
@@ -90,12 +95,15 @@ class Prompter:
             raise Unsupported(f"this model's chat template has no option {unknown[0]!r}", param="chat_template_kwargs")
         if images and not self.takes_images:
             raise Unsupported("this model takes no images", param="messages")
-        self._check_size(sum(len(text) for message in messages for text in _texts(message)))
+        if tools and not self.template.has_tools:
+            raise Unsupported("this model's chat template has no tools, or writes calls in a way that is not supported", param="tools")
+        self._check_size(_num_chars(messages) + _num_chars(tools), param="messages")
         items = [self._item(data, f"image {index} of {len(images)}", max_image_pixels) for index, data in enumerate(images, 1)]
         mark = "\ue000" + secrets.token_hex(8) + "\ue001"
         safe = [self._neutral.message(message, mark, flat=not self.takes_images) for message in messages]
-        token_ids = self._neutral.encode(self.template.render(safe, options), mark)
-        return self._with_images(token_ids, items, images)
+        rendered = self.template.render(safe, options, [self._neutral.object(tool, mark) for tool in tools])
+        prompt = self._with_images(self._neutral.encode(rendered, mark), items, images)
+        return replace(prompt, thinking=self.template.thinking_after(rendered))
 
     def completion(self, prompt: str | Sequence[int]) -> Prompt:
         """The prompt of a raw completion: a text that may spell out special tokens, or token ids.
@@ -104,7 +112,7 @@ class Prompter:
             BadRequest: it is empty, has ids that the model does not have, or placeholders; PromptTooLong.
         """
         if isinstance(prompt, str):
-            self._check_size(len(prompt))
+            self._check_size(len(prompt), param="prompt")
             token_ids = self.tokenizer.encode_raw(prompt)
         else:
             token_ids = list(prompt)
@@ -116,7 +124,7 @@ class Prompter:
         placeholders = {self.config.image_token_id, self.config.video_token_id} - {-1}
         if not placeholders.isdisjoint(token_ids):
             raise BadRequest("prompt holds a placeholder token; images go to /v1/chat/completions", param="prompt")
-        return self._checked(Prompt(tuple(token_ids)))
+        return self._checked(Prompt(tuple(token_ids)), param="prompt")
 
     def max_tokens(self, prompt: Prompt, wanted: int | None, *, param: str = "max_tokens") -> int:
         """How many tokens the output may have: as many as wanted, else all that fit.
@@ -168,26 +176,26 @@ class Prompter:
             expanded += [placeholder] * item.num_tokens
             start = end + 1
         expanded += token_ids[start:]
-        return self._checked(Prompt(tuple(expanded), tuple(placed)))
+        return self._checked(Prompt(tuple(expanded), tuple(placed)), param="messages")
 
     # --- lengths ----------------------------------------------------------------------------------------------------
 
-    def _check_size(self, num_chars: int) -> None:
+    def _check_size(self, num_chars: int, *, param: str) -> None:
         """Refuse before tokenizing what cannot possibly fit."""
         least = num_chars // (self._max_token_bytes * _NFC_SHRINK)
         if least >= self.max_model_len:
             raise PromptTooLong(
                 f"the prompt has {num_chars} characters, so {least} tokens or more; the model takes {self.max_model_len}, "
                 "prompt and output together",
-                param="prompt",
+                param=param,
             )
 
-    def _checked(self, prompt: Prompt) -> Prompt:
+    def _checked(self, prompt: Prompt, *, param: str) -> Prompt:
         if len(prompt.token_ids) >= self.max_model_len:
             raise PromptTooLong(
                 f"the prompt has {len(prompt.token_ids)} tokens{_image_share(prompt)}; the model takes {self.max_model_len}, "
                 "prompt and output together",
-                param="messages" if prompt.images else "prompt",
+                param=param,
             )
         return prompt
 
@@ -205,14 +213,25 @@ class _Neutraliser:
 
     def message(self, message: Mapping[str, object], mark: str, *, flat: bool) -> dict[str, object]:
         """The message with its texts broken by `mark` where needed; parts joined to one text if `flat`."""
-        content = message["content"]
-        if isinstance(content, str):
-            return {**message, "content": self.text(content, mark)}
-        assert isinstance(content, Sequence)
-        parts = [{**part, "text": self.text(part["text"], mark)} if "text" in part else dict(part) for part in content]
-        if flat:
-            return {**message, "content": "".join(part["text"] for part in parts)}
-        return {**message, "content": parts}
+        safe = self.object(message, mark)
+        content = safe["content"]
+        if flat and isinstance(content, list):
+            return {**safe, "content": "".join(part["text"] for part in content)}
+        return safe
+
+    def object(self, value: Mapping[str, object], mark: str) -> dict[str, object]:
+        """A JSON object with all texts in it broken where needed, however deep."""
+        return {self.text(name, mark): self._value(item, mark) for name, item in value.items()}
+
+    def _value(self, value: object, mark: str) -> object:
+        match value:
+            case str():
+                return self.text(value, mark)
+            case Mapping():
+                return self.object(value, mark)
+            case list() | tuple():
+                return [self._value(item, mark) for item in value]
+        return value
 
     def text(self, text: str, mark: str) -> str:
         if self._pattern is None:
@@ -245,12 +264,16 @@ class _Neutraliser:
         return token_ids
 
 
-def _texts(message: Mapping[str, object]) -> list[str]:
-    content = message["content"]
-    if isinstance(content, str):
-        return [content]
-    assert isinstance(content, Sequence)
-    return [part["text"] for part in content if "text" in part]
+def _num_chars(value: object) -> int:
+    """Of all texts in a JSON value, but for what might not be in the prompt: fields' names, roles and types."""
+    match value:
+        case str():
+            return len(value)
+        case Mapping():
+            return sum(_num_chars(item) for name, item in value.items() if name not in ("role", "type"))
+        case list() | tuple():
+            return sum(map(_num_chars, value))
+    return 0
 
 
 def _image_share(prompt: Prompt) -> str:

@@ -17,7 +17,7 @@ from epd.gateway.admission import Admission
 from epd.gateway.attempt import Stages
 from epd.gateway.detokenize import Detokenizer
 from epd.gateway.journey import Journey
-from epd.gateway.tokenizer import Tokenizer
+from epd.tokenizer import Tokenizer
 from epd.microkernel.tasks import settled
 from epd.request import Delta, GenerateRequest
 from epd.timeline import Timeline

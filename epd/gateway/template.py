@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from epd.errors import BadCheckpoint, BadRequest
+from epd.gateway.speech import THINK, Speech, Thinking
 
+_PROBE = {"role": "user", "content": "?"}
+_PROBE_CALL: dict[str, Any] = {
+    "id": "call_0",
+    "type": "function",
+    "function": {"name": "look_around", "arguments": {"where": ["left", {"how far": 2}]}},
+}
+_PROBE_RESULT = {"role": "tool", "tool_call_id": "call_0", "content": "a lighthouse"}
+_PROBE_TOOL = {"type": "function", "function": {"name": "look_around", "description": "Looks", "parameters": {"type": "object"}}}
 _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
@@ -34,6 +44,7 @@ class ChatTemplate:
             known = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise BadCheckpoint(f"{where} is not a template: {error}") from error
+        self._knows_thoughts = THINK in source
         self._named_tokens = dict(named_tokens or {})
         self.options = frozenset(known) - _GIVEN - set(self._named_tokens) - set(environment.globals)
 
@@ -56,8 +67,46 @@ class ChatTemplate:
                 return cls(source, named_tokens=tokens, where=str(path))
         return None
 
-    def render(self, messages: Sequence[Mapping[str, object]], options: Mapping[str, object] | None = None) -> str:
+    @cached_property
+    def has_tools(self) -> bool:
+        """Whether it tells a model of functions, and has calls written in the way that is read here.
+
+        Found out by having it write a call, which then has to be found in what it wrote.
+        """
+        asked = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
+        try:
+            without, with_tool, with_call = (
+                self.render(messages, tools=tools)
+                for messages, tools in (([_PROBE], []), ([_PROBE], [_PROBE_TOOL]), ([_PROBE, asked, _PROBE_RESULT], [_PROBE_TOOL]))
+            )
+        except BadRequest:
+            return False
+        function = _PROBE_CALL["function"]
+        found = Speech(thinking=Thinking.NONE, can_call=True).feed(with_call, is_last=True).calls
+        return (
+            function["name"] not in without
+            and function["name"] in with_tool
+            and [part.name for part in found if part.name] == [function["name"]]
+            and json.loads("".join(part.arguments for part in found)) == function["arguments"]
+            and _PROBE_RESULT["content"] in with_call
+        )
+
+    def thinking_after(self, rendered: str) -> Thinking:
+        """Whether an output that follows a rendered prompt begins with thoughts."""
+        return Thinking.after(rendered) if self._knows_thoughts else Thinking.NONE
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        options: Mapping[str, object] | None = None,
+        tools: Sequence[Mapping[str, object]] = (),
+    ) -> str:
         """The prompt for the assistant's next turn.
+
+        Args:
+            messages: `role` and `content`; of a call `tool_calls`, as the template takes them.
+            options: values of the template's variables, those of `self.options`.
+            tools: the functions that may be called, as OpenAI's API describes them.
 
         Raises:
             BadRequest: the template refuses the messages or cannot cope with them.
@@ -68,7 +117,7 @@ class ChatTemplate:
                     **self._named_tokens,
                     **(options or {}),
                     "messages": messages,
-                    "tools": None,
+                    "tools": list(tools) or None,
                     "documents": None,
                     "add_generation_prompt": True,
                 }

@@ -21,6 +21,7 @@ import numpy as np
 from epd.errors import BadConfig
 from epd.model.config import ModelConfig
 from epd.step import Int32Array, SampleRequest, SequenceStep
+from epd.tokenizer import Tokenizer
 from protocol.messages import RequestId
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class GuideVocabulary:
 
     def __init__(self, model: ModelConfig, folder: Path) -> None:
         self.vocab_size = model.text.vocab_size  # of the logits, which may be more than the tokenizer has tokens
-        self._path = folder / "tokenizer.json"
+        self._folder = folder
         self._eos_token_ids = list(model.eos_token_ids)
         self._tokens: LLTokenizer | None = None
         self._wrong = ""
@@ -47,17 +48,36 @@ class GuideVocabulary:
         """Waits until it has been made. Raises BadConfig where that failed."""
         self._thread.join(_MAKING_S)
         if self._tokens is None:
-            raise BadConfig(f"outputs cannot be guided: {self._wrong or f'{self._path} is still being read'}")
+            raise BadConfig(f"outputs cannot be guided: {self._wrong or f'the tokenizer of {self._folder} is still being read'}")
         return self._tokens
 
     def _read(self) -> None:
         try:
-            from llguidance import LLTokenizer
+            from llguidance import LLTokenizer, TokenizerWrapper
 
-            spelling = self._path.read_text(encoding="utf-8")
-            self._tokens = LLTokenizer(spelling, n_vocab=self.vocab_size, eos_token=self._eos_token_ids)
+            tokens = TokenizerWrapper(_Tokens(Tokenizer.from_folder(self._folder), self.vocab_size, self._eos_token_ids[0]))
+            self._tokens = LLTokenizer(tokens, n_vocab=self.vocab_size, eos_token=self._eos_token_ids)
         except Exception as error:  # told to whoever wants to guide; nobody else needs it
-            self._wrong = f"{self._path}: {error}"
+            self._wrong = str(error)
+
+
+class _Tokens:
+    """Our reading of a tokenizer, in the shape that llguidance takes.
+
+    Its own would have every added token that is spelled `<like this>` count as special, so that a guided output could write
+    `</think>` or `<tool_call>` letter by letter only, which is not how models have learned to write them.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_id: int) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = eos_token_id
+        self.tokens = [tokenizer.spelling(token_id) for token_id in range(vocab_size)]
+        self.special_token_ids = sorted(tokenizer.special_ids.values())
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
 
 
 @dataclass(slots=True)

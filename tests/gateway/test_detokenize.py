@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epd.gateway.detokenize import Detokenizer, Piece
-from epd.gateway.tokenizer import Tokenizer
+from epd.tokenizer import Tokenizer
 from epd.request import GenerateRequest
 from protocol.messages import RequestId, Sampling, Token, TokenLogprob
 from tests.gateway.test_tokenizer import byte_fallback

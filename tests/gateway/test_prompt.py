@@ -15,7 +15,7 @@ import epd
 from epd.errors import BadImage, BadRequest, PromptTooLong, Unsupported
 from epd.gateway.prompt import Prompter
 from epd.gateway.template import ChatTemplate
-from epd.gateway.tokenizer import Tokenizer
+from epd.tokenizer import Tokenizer
 from epd.model.config import load_model_config
 from tests.support.text import (
     CHAT_TEMPLATE,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from epd.errors import BadConfig
 from epd.gateway.guide import Guide, grammar_of
-from epd.gateway.tokenizer import Tokenizer
+from epd.tokenizer import Tokenizer
 from epd.model import guides
 from epd.model.config import load_model_config
 from epd.model.guides import Guides, GuideVocabulary, restricted

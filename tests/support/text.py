@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from epd.gateway.prompt import Prompter
 from epd.gateway.template import ChatTemplate
-from epd.gateway.tokenizer import Tokenizer
+from epd.tokenizer import Tokenizer
 from epd.model.config import ImageConfig, ModelConfig, TextConfig, VisionConfig
 
 SPECIAL = (

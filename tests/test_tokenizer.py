@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as RawTokenizer
 
 from epd.errors import BadCheckpoint
-from epd.gateway.tokenizer import Tokenizer
+from epd.tokenizer import Tokenizer
 from tests.support.text import LANGUAGES, SPECIAL, raw_tokenizer, tokenizer, write_folder
 
 NUM_IDS = raw_tokenizer().get_vocab_size() + 8
