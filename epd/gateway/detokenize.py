@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from epd.tokenizer import Tokenizer
 from epd.request import GenerateRequest, TextLogprob
+from epd.tokenizer import Tokenizer
 from protocol.messages import Token
 
 _Utf8 = codecs.getincrementaldecoder("utf-8")

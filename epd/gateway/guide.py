@@ -62,10 +62,8 @@ def _calls(tools: Tools, answer: Sequence[_Grammar]) -> list[_Grammar]:
     arguments = [_arguments(f"arguments_{number}", tool) for number, tool in enumerate(tools.callable)]
     if sum(len(tool.schema) for tool in tools.callable) > MAX_GUIDE_CHARS:
         raise BadRequest(f"the tools' parameters are longer than {MAX_GUIDE_CHARS} characters together", param="tools")
-    bodies = [
-        f"{_quoted(BEFORE_NAME + json.dumps(tool.name) + BEFORE_ARGUMENTS)} @arguments_{number} {_quoted(AFTER_ARGUMENTS + CLOSING)}"
-        for number, tool in enumerate(tools.callable)
-    ]
+    heads = [_quoted(BEFORE_NAME + json.dumps(tool.name) + BEFORE_ARGUMENTS) for tool in tools.callable]
+    bodies = [f"{head} @arguments_{number} {_quoted(AFTER_ARGUMENTS + CLOSING)}" for number, head in enumerate(heads)]
     rules = [f"body: {' | '.join(f'body_{number}' for number in range(len(bodies)))}"]
     rules += [f"body_{number}: {body}" for number, body in enumerate(bodies)]
     if tools.must_call or answer:
@@ -95,8 +93,10 @@ def _named(name: str, kind: str, value: str, param: str) -> _Grammar:
     try:
         if kind == "schema":
             # On one line: free white space would let an output grow without end.
-            overrides = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-            grammar = LLMatcher.grammar_from_json_schema(value, overrides=overrides)
+            grammar = LLMatcher.grammar_from_json_schema(
+                value,
+                overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+            )
         else:
             pattern = value if kind == "regex" else "|".join(map(_literally, json.loads(value)))
             grammar = LLMatcher.grammar_from_regex(pattern)

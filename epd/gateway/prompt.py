@@ -20,10 +20,10 @@ from pathlib import Path
 from epd.errors import BadImage, BadRequest, PromptTooLong, Unsupported
 from epd.gateway.speech import Thinking
 from epd.gateway.template import ChatTemplate
-from epd.tokenizer import Tokenizer
 from epd.model.config import ModelConfig
 from epd.model.preprocess import MAX_IMAGE_PIXELS, image_grid
 from epd.request import PromptImage
+from epd.tokenizer import Tokenizer
 from protocol.messages import MMItem
 
 # NFC may shorten a text (a letter and its accent become one character), so a bound on its tokens from its bytes needs some room.
@@ -95,13 +95,17 @@ class Prompter:
             raise Unsupported(f"this model's chat template has no option {unknown[0]!r}", param="chat_template_kwargs")
         if images and not self.takes_images:
             raise Unsupported("this model takes no images", param="messages")
-        if tools and not self.template.has_tools:
-            raise Unsupported("this model's chat template has no tools, or writes calls in a way that is not supported", param="tools")
+        has_calls = any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+        if (tools or has_calls) and not self.template.has_tools:
+            raise Unsupported(
+                "this model's chat template has no tools, or writes calls in a way that is not supported",
+                param="tools" if tools else "messages",
+            )
         self._check_size(_num_chars(messages) + _num_chars(tools), param="messages")
         items = [self._item(data, f"image {index} of {len(images)}", max_image_pixels) for index, data in enumerate(images, 1)]
         mark = "\ue000" + secrets.token_hex(8) + "\ue001"
         safe = [self._neutral.message(message, mark, flat=not self.takes_images) for message in messages]
-        rendered = self.template.render(safe, options, [self._neutral.object(tool, mark) for tool in tools])
+        rendered = self.template.render(safe, options, [self._neutral.fields(tool, mark) for tool in tools])
         prompt = self._with_images(self._neutral.encode(rendered, mark), items, images)
         return replace(prompt, thinking=self.template.thinking_after(rendered))
 
@@ -213,13 +217,13 @@ class _Neutraliser:
 
     def message(self, message: Mapping[str, object], mark: str, *, flat: bool) -> dict[str, object]:
         """The message with its texts broken by `mark` where needed; parts joined to one text if `flat`."""
-        safe = self.object(message, mark)
+        safe = self.fields(message, mark)
         content = safe["content"]
         if flat and isinstance(content, list):
             return {**safe, "content": "".join(part["text"] for part in content)}
         return safe
 
-    def object(self, value: Mapping[str, object], mark: str) -> dict[str, object]:
+    def fields(self, value: Mapping[str, object], mark: str) -> dict[str, object]:
         """A JSON object with all texts in it broken where needed, however deep."""
         return {self.text(name, mark): self._value(item, mark) for name, item in value.items()}
 
@@ -228,7 +232,7 @@ class _Neutraliser:
             case str():
                 return self.text(value, mark)
             case Mapping():
-                return self.object(value, mark)
+                return self.fields(value, mark)
             case list() | tuple():
                 return [self._value(item, mark) for item in value]
         return value

@@ -17,10 +17,10 @@ from epd.gateway.admission import Admission
 from epd.gateway.attempt import Stages
 from epd.gateway.detokenize import Detokenizer
 from epd.gateway.journey import Journey
-from epd.tokenizer import Tokenizer
 from epd.microkernel.tasks import settled
 from epd.request import Delta, GenerateRequest
 from epd.timeline import Timeline
+from epd.tokenizer import Tokenizer
 from epd.trust import lag_doubts
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that different choices never share a seed

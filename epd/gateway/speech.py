@@ -19,10 +19,9 @@ from epd.gateway.tools import CLOSING, OPENING
 
 THINK = "<think>"
 THINK_END = "</think>"
-_MAX_NAME_CHARS = 256
 # Up to the arguments, which then pass as they come.
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]{1,%d})"\s*,\s*"arguments"\s*:\s*(?=\{)' % _MAX_NAME_CHARS)
-_MAX_HEAD_CHARS = 2 * _MAX_NAME_CHARS
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]{1,256})"\s*,\s*"arguments"\s*:\s*(?=\{)')
+_MAX_HEAD_CHARS = 512
 # Models lose count of braces.
 _TAIL = re.compile(r"[\s}]*" + re.escape(CLOSING))
 

@@ -75,10 +75,8 @@ class ChatTemplate:
         """
         asked = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
         try:
-            without, with_tool, with_call = (
-                self.render(messages, tools=tools)
-                for messages, tools in (([_PROBE], []), ([_PROBE], [_PROBE_TOOL]), ([_PROBE, asked, _PROBE_RESULT], [_PROBE_TOOL]))
-            )
+            without, with_tool = self.render([_PROBE]), self.render([_PROBE], tools=[_PROBE_TOOL])
+            with_call = self.render([_PROBE, asked, _PROBE_RESULT], tools=[_PROBE_TOOL])
         except BadRequest:
             return False
         function = _PROBE_CALL["function"]

@@ -1,7 +1,7 @@
 """The functions that an answer may call instead of ending, and how a call is written.
 
-Of the forms in use this is the one that Qwen's chat templates teach (it goes back to the Hermes models): a JSON object with `name`
-and `arguments` between two tags. `epd/gateway/speech` reads it, `epd/gateway/guide` has outputs follow it.
+Of the forms in use this is the one that Qwen's chat templates teach (it goes back to the Hermes models): a JSON object with
+`name` and `arguments` between two tags. `epd/gateway/speech` reads it, `epd/gateway/guide` has outputs follow it.
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ encoded once per request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
+from epd.gateway.speech import CallPart, Said, Speech
 from epd.request import Delta, TextLogprob
 from epd.timeline import TimelineSpan
 
@@ -90,10 +92,14 @@ class Choice:
 
 
 class ChatFormat:
-    """/v1/chat/completions."""
+    """/v1/chat/completions. `speech` makes what takes an output apart, where it may hold more than content."""
 
-    def __init__(self, identity: Identity, *, include_usage: bool, wants_logprobs: bool) -> None:
+    def __init__(
+        self, identity: Identity, *, include_usage: bool, wants_logprobs: bool, speech: Callable[[], Speech] | None = None
+    ) -> None:
         self._identity = identity
+        self._new_speech = speech
+        self._speeches: dict[int, Speech] = {}
         self._wants_logprobs = wants_logprobs
         self._frame = _Frame(identity, "chat.completion.chunk", include_usage=include_usage)
         self._before: dict[int, bytes] = {}
@@ -105,17 +111,14 @@ class ChatFormat:
 
     def delta(self, delta: Delta) -> bytes:
         index = delta.index
+        if self._new_speech is not None:
+            return self._taken_apart(delta, self._new_speech)
         before = self._before.get(index)
         if before is None:
             before = self._before[index] = b'%s%d,"delta":{"content":' % (self._frame.start, index)
         if not delta.finish_reason and not delta.logprobs:
             return before + _encode(delta.text) + self._after
-        content = b'"content":' + _encode(delta.text) if delta.text else b""
-        logprobs = _encode(_chat_logprobs(delta.logprobs)) if delta.logprobs else b"null"
-        finish = _encode(delta.finish_reason or None)
-        return b'%s%d,"delta":{%s},"logprobs":%s,"finish_reason":%s}%s' % (
-            self._frame.start, index, content, logprobs, finish, self._frame.end,
-        )  # fmt: skip
+        return self._event(delta, {"content": delta.text} if delta.text else {}, delta.finish_reason)
 
     def usage(self, usage: Usage) -> bytes:
         return self._frame.usage(usage)
@@ -127,13 +130,47 @@ class ChatFormat:
         described = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                **self._message(choice),
                 "logprobs": _chat_logprobs(choice.logprobs) if self._wants_logprobs else None,
-                "finish_reason": choice.finish_reason,
             }
             for index, choice in enumerate(choices)
         ]
         return _whole(self._identity, "chat.completion", described, usage, spans)
+
+    def _message(self, choice: Choice) -> dict[str, object]:
+        message: dict[str, object] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if self._new_speech is None:
+            return {"message": message, "finish_reason": choice.finish_reason}
+        speech = self._new_speech()
+        said = speech.feed(choice.text, is_last=True)
+        if said.thoughts:
+            message["reasoning_content"] = said.thoughts
+        if calls := _whole_calls(said):
+            message["tool_calls"] = calls
+        message["content"] = said.content if said.content or not calls else None
+        return {"message": message, "finish_reason": _finish_reason(choice.finish_reason, speech)}
+
+    def _taken_apart(self, delta: Delta, new_speech: Callable[[], Speech]) -> bytes:
+        speech = self._speeches.get(delta.index)
+        if speech is None:
+            speech = self._speeches[delta.index] = new_speech()
+        said = speech.feed(delta.text, is_last=bool(delta.finish_reason))
+        if not said and not delta.finish_reason and not delta.logprobs:
+            return b""
+        parts: dict[str, object] = {}
+        if said.thoughts:
+            parts["reasoning_content"] = said.thoughts
+        if said.content:
+            parts["content"] = said.content
+        if said.calls:
+            parts["tool_calls"] = [_call_delta(part) for part in said.calls]
+        return self._event(delta, parts, _finish_reason(delta.finish_reason, speech))
+
+    def _event(self, delta: Delta, parts: dict[str, object], finish_reason: str) -> bytes:
+        logprobs = _encode(_chat_logprobs(delta.logprobs)) if delta.logprobs else b"null"
+        return b'%s%d,"delta":%s,"logprobs":%s,"finish_reason":%s}%s' % (
+            self._frame.start, delta.index, _encode(parts), logprobs, _encode(finish_reason or None), self._frame.end,
+        )  # fmt: skip
 
 
 class CompletionFormat:
@@ -214,6 +251,27 @@ def _described(identity: Identity, kind: str) -> dict[str, object]:
 def _whole(identity: Identity, kind: str, choices: Sequence[object], usage: Usage, spans: Sequence[TimelineSpan] | None) -> bytes:
     extra = {} if spans is None else {"epd": {"spans": spans}}
     return _encode({**_described(identity, kind), "choices": choices, "usage": usage.as_json(), **extra})
+
+
+def _finish_reason(finish_reason: str, speech: Speech) -> str:
+    return "tool_calls" if finish_reason == "stop" and speech.num_calls else finish_reason
+
+
+def _call_delta(part: CallPart) -> dict[str, object]:
+    if part.name:
+        return {"index": part.index, **_call(part.name, part.arguments)}
+    return {"index": part.index, "function": {"arguments": part.arguments}}
+
+
+def _whole_calls(said: Said) -> list[dict[str, object]]:
+    calls: dict[int, list[CallPart]] = {}
+    for part in said.calls:
+        calls.setdefault(part.index, []).append(part)
+    return [_call(parts[0].name, "".join(part.arguments for part in parts)) for parts in calls.values()]
+
+
+def _call(name: str, arguments: str) -> dict[str, object]:
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _chat_logprobs(logprobs: Sequence[TextLogprob]) -> dict[str, object]:

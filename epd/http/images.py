@@ -20,7 +20,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from epd.errors import BadImage
-from epd.http.schema import ImageSource
+from epd.http.messages import ImageSource
 
 MAX_DOWNLOAD_BYTES = 32 * 2**20
 MAX_DOWNLOAD_S = 20.0

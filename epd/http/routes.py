@@ -17,13 +17,16 @@ from aiohttp import web
 from epd.config import HttpConfig
 from epd.errors import BadRequest, BodyTooLarge, UnknownModel
 from epd.gateway.engine import Engine
-from epd.gateway.guide import grammar_of
+from epd.gateway.guide import after_thoughts, grammar_of
 from epd.gateway.prompt import Prompt, Prompter
+from epd.gateway.speech import Speech, Thinking
+from epd.gateway.tools import Tools
 from epd.http.answer import Answer
 from epd.http.chunks import ChatFormat, CompletionFormat, Format, Identity
 from epd.http.errors import BodyTimeout, WrongContentType
 from epd.http.images import ImageFetcher
-from epd.http.schema import ChatCall, CompletionCall, Limits, Options, parse_chat, parse_completion
+from epd.http.messages import Limits
+from epd.http.schema import ChatCall, CompletionCall, Options, parse_chat, parse_completion
 from epd.request import GenerateRequest
 from epd.timeline import Timeline
 from protocol.messages import RequestId
@@ -110,33 +113,48 @@ class OpenAIRoutes:
     # --- answers ----------------------------------------------------------------------------------------------------
 
     async def _chat_answer(self, call: ChatCall, size: int, arrival: _Arrival) -> Answer:
-        options = await self._guided(call.options)
+        tools = call.tools
+        options = await self._guided(call.options, tools)
         with _timed(arrival.timeline, "fetch"):
             images = await self._fetch(call)
         size += sum(map(len, images))
-        limit = self._config.max_image_pixels
         with _timed(arrival.timeline, "tokenize"):
             prompt = await self._run(
-                size, lambda: self._prompter.chat(call.messages, images, call.template_options, max_image_pixels=limit)
+                size,
+                lambda: self._prompter.chat(
+                    call.messages,
+                    images,
+                    call.template_options,
+                    [] if tools is None else [tool.description for tool in tools.described],
+                    max_image_pixels=self._config.max_image_pixels,
+                ),
             )
+        thinking = prompt.thinking
+        sampling = msgspec.structs.replace(options.sampling, guide=after_thoughts(options.sampling.guide, thinking))
         identity = self._identity("chatcmpl")
-        form = ChatFormat(identity, include_usage=options.include_usage, wants_logprobs=options.sampling.num_logprobs >= 0)
-        return self._answer(identity, [prompt], options, form, arrival)
+        form = ChatFormat(
+            identity,
+            include_usage=options.include_usage,
+            wants_logprobs=sampling.num_logprobs >= 0,
+            speech=None
+            if tools is None and thinking is Thinking.NONE
+            else lambda: Speech(thinking=thinking, can_call=tools is not None),
+        )
+        return self._answer(identity, [prompt], replace(options, sampling=sampling), form, arrival)
 
     async def _completion_answer(self, call: CompletionCall, size: int, arrival: _Arrival) -> Answer:
-        options = await self._guided(call.options)
+        options = await self._guided(call.options, None)
         with _timed(arrival.timeline, "tokenize"):
             prompts = await self._run(size, lambda: [self._prompter.completion(prompt) for prompt in call.prompts])
         identity = self._identity("cmpl")
         form = CompletionFormat(identity, include_usage=options.include_usage, num_logprobs=options.sampling.num_logprobs)
         return self._answer(identity, prompts, options, form, arrival)
 
-    async def _guided(self, options: Options) -> Options:
+    async def _guided(self, options: Options, tools: Tools | None) -> Options:
         """With the grammar of what was asked for, made in a thread: a schema may hold much in few bytes."""
-        guide = options.guide
-        if guide is None:
+        if options.guide is None and tools is None:
             return options
-        grammar = await asyncio.get_running_loop().run_in_executor(self._pool, grammar_of, guide)
+        grammar = await asyncio.get_running_loop().run_in_executor(self._pool, grammar_of, options.guide, tools)
         return replace(options, sampling=msgspec.structs.replace(options.sampling, guide=grammar))
 
     def _answer(self, identity: Identity, prompts: list[Prompt], options: Options, form: Format, arrival: _Arrival) -> Answer:

@@ -4,7 +4,8 @@ A field is either served, or asks for nothing (its neutral value), or is refused
 fields describe the client to the provider and ask nothing of the output: `user`, `metadata`, `safety_identifier` and
 `prompt_cache_key` are checked for their type and need no action here.
 
-Knows names, types and ranges. Does not know the tokenizer, the engine or where an image URL leads.
+Knows names, types and ranges; `http/messages`, `http/tools` and `http/guide` know those of their fields. Does not know the
+tokenizer or the engine.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from dataclasses import dataclass
 
 from epd.errors import BadRequest, Unsupported
 from epd.gateway.guide import Guide
-from epd.http.fields import Fields, kind, shown
+from epd.gateway.tools import Tools
+from epd.http.fields import Fields, shown
 from epd.http.guide import parse_guide
+from epd.http.messages import ImageSource, Limits, parse_messages
+from epd.http.tools import parse_tools
 from protocol.messages import Sampling
 
 MAX_CHOICES = 128
@@ -50,10 +54,7 @@ _NEUTRAL_CHAT: Mapping[str, Sequence[object]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),  # says something about tools, of which there are none
     "prompt_cache_retention": ("in_memory",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
 }
 _NEUTRAL_COMPLETION: Mapping[str, Sequence[object]] = {
@@ -61,24 +62,6 @@ _NEUTRAL_COMPLETION: Mapping[str, Sequence[object]] = {
     "echo": (False,),
     "suffix": ("",),
 }
-_NEUTRAL_MESSAGE: Mapping[str, Sequence[object]] = {"tool_calls": ([],), "annotations": ([],)}
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What depends on the model and on how the server was started."""
-
-    vocab_size: int
-    max_images: int
-    takes_images: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSource:
-    """An image as the request names it: a data URL or an http(s) URL; `param` is where it stands."""
-
-    url: str
-    param: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +85,7 @@ class ChatCall:
     options: Options
     messages: tuple[dict[str, object], ...]  # as the chat template takes them
     images: tuple[ImageSource, ...]  # of the image parts, in order
+    tools: Tools | None  # that the answer may call
     template_options: dict[str, object]
 
 
@@ -121,10 +105,13 @@ def parse_chat(body: object, limits: Limits) -> ChatCall:
     if num_top and not wants_logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     options = _options(fields, limits, num_logprobs=num_top if wants_logprobs else -1, is_chat=True)
+    tools = parse_tools(fields)
+    if tools is not None and tools.need_guide and options.sampling.ignore_eos:
+        raise BadRequest("an answer that has to call a tool ends with the call: ignore_eos must be false", param="ignore_eos")
     template_options = _template_options(fields)
     fields.refuse_rest(_NEUTRAL_CHAT)
-    messages, images = _messages(raw_messages, limits)
-    return ChatCall(options, messages, images, template_options)
+    messages, images = parse_messages(raw_messages, limits)
+    return ChatCall(options, messages, images, tools, template_options)
 
 
 def parse_completion(body: object, limits: Limits) -> CompletionCall:
@@ -254,72 +241,6 @@ def _prompts(value: object) -> tuple[str | tuple[int, ...], ...]:
 
 def _are_token_ids(value: Sequence[object]) -> bool:
     return all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= _BIG for item in value)
-
-
-# --- messages -------------------------------------------------------------------------------------------------------
-
-
-def _messages(value: object, limits: Limits) -> tuple[tuple[dict[str, object], ...], tuple[ImageSource, ...]]:
-    if not isinstance(value, list) or not value:
-        raise BadRequest("messages must be a non-empty array of messages", param="messages")
-    images: list[ImageSource] = []
-    messages = tuple(_message(item, f"messages[{index}]", images) for index, item in enumerate(value))
-    if images and not limits.takes_images:
-        raise Unsupported("this model takes no images", param=images[0].param)
-    if len(images) > limits.max_images:
-        raise BadRequest(f"the request holds {len(images)} images; at most {limits.max_images} are taken", param="messages")
-    return messages, tuple(images)
-
-
-def _message(value: object, path: str, images: list[ImageSource]) -> dict[str, object]:
-    fields = Fields(value, path)
-    role = fields.require("role", what='"system", "developer", "user" or "assistant"')
-    if role in ("tool", "function"):
-        raise Unsupported(f'{path}.role "{role}" is not supported: there are no tools', param=f"{path}.role")
-    if role not in ("system", "developer", "user", "assistant"):
-        raise fields.wrong("role", '"system", "developer", "user" or "assistant"', role)
-    content = fields.require("content", what="a string or an array of parts")
-    if not isinstance(content, str):
-        content = _parts(content, fields.path("content"), images if role == "user" else None)
-    fields.refuse_rest(_NEUTRAL_MESSAGE)
-    # OpenAI's newer word for the system's messages; chat templates know the older one.
-    return {"role": "system" if role == "developer" else role, "content": content}
-
-
-def _parts(value: object, path: str, images: list[ImageSource] | None) -> list[dict[str, object]]:
-    if not isinstance(value, list) or not value:
-        raise BadRequest(f"{path} must be a string or a non-empty array of parts, not {kind(value)}", param=path)
-    parts: list[dict[str, object]] = []
-    for index, item in enumerate(value):
-        fields = Fields(item, f"{path}[{index}]")
-        part_type = fields.string("type")
-        if part_type == "text":
-            text = fields.require("text", what="a string")
-            if not isinstance(text, str):
-                raise fields.wrong("text", "a string", text)
-            parts.append({"type": "text", "text": text})
-        elif part_type == "image_url":
-            if images is None:
-                raise Unsupported(f"{fields.path('type')}: only a user's message may hold images", param=fields.path("type"))
-            images.append(_image(fields))
-            parts.append({"type": "image"})
-        else:
-            path_type = fields.path("type")
-            raise Unsupported(f'{path_type} must be "text" or "image_url", not {shown(part_type)}', param=path_type)
-        fields.refuse_rest({})
-    return parts
-
-
-def _image(part: Fields) -> ImageSource:
-    path = part.path("image_url")
-    fields = Fields(part.require("image_url", what="an object with a url"), path)
-    url = fields.require("url", what="a data URL, or an http(s) URL of an allowed host")
-    if not isinstance(url, str):
-        raise fields.wrong("url", "a string", url)
-    # Images are always read in full, which is what "high" asks for.
-    fields.string("detail", choices=("auto", "high"))
-    fields.refuse_rest({})
-    return ImageSource(url, fields.path("url"))
 
 
 def _template_options(fields: Fields) -> dict[str, object]:

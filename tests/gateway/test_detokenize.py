@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epd.gateway.detokenize import Detokenizer, Piece
-from epd.tokenizer import Tokenizer
 from epd.request import GenerateRequest
+from epd.tokenizer import Tokenizer
 from protocol.messages import RequestId, Sampling, Token, TokenLogprob
-from tests.gateway.test_tokenizer import byte_fallback
 from tests.support.text import LANGUAGES, raw_tokenizer, tokenizer
+from tests.test_tokenizer import byte_fallback
 
 END = tokenizer().special_ids["<|im_end|>"]
 NUM_IDS = raw_tokenizer().get_vocab_size() + 8

@@ -15,8 +15,8 @@ import epd
 from epd.errors import BadImage, BadRequest, PromptTooLong, Unsupported
 from epd.gateway.prompt import Prompter
 from epd.gateway.template import ChatTemplate
-from epd.tokenizer import Tokenizer
 from epd.model.config import load_model_config
+from epd.tokenizer import Tokenizer
 from tests.support.text import (
     CHAT_TEMPLATE,
     LANGUAGES,

@@ -12,7 +12,7 @@ from aiohttp import web
 from epd.errors import BadImage
 from epd.http import images
 from epd.http.images import ImageFetcher, decode_data_url, is_public
-from epd.http.schema import ImageSource
+from epd.http.messages import ImageSource
 from tests.support.text import png
 
 PARAM = "messages[0].content[1].image_url.url"

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from epd.errors import BadRequest
 from epd.gateway.guide import Guide
 from epd.http.errors import error_body
+from epd.http.messages import Limits
 from epd.http.routes import parse_json
-from epd.http.schema import Limits, parse_chat, parse_completion
+from epd.http.schema import parse_chat, parse_completion
 
 LIMITS = Limits(vocab_size=1000, max_images=2)
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -98,12 +99,26 @@ BAD_CHATS: list[tuple[object, str, str]] = [
     (message(role=None), "messages[0].role", "required"),
     (message(role="robot"), "messages[0].role", 'not "robot"'),
     (message(role=["user"]), "messages[0].role", "not an array"),
-    (message(role="tool", tool_call_id="1"), "messages[0].role", "no tools"),
+    (message(role="tool"), "messages[0].tool_call_id", "required"),
+    (message(role="tool", tool_call_id="1"), "messages[0].tool_call_id", 'is "1", which is no call'),
+    (message(role="tool", tool_call_id=["1"]), "messages[0].tool_call_id", "is an array, which is no call"),
+    (message(role="function"), "messages[0].role", "results of calls"),
     (message(content=None), "messages[0].content", "required"),
     (message(content=3), "messages[0].content", "not a number"),
     (message(content=[]), "messages[0].content", "non-empty"),
     (message(name="bob"), "messages[0].name", "not supported"),
-    (message(role="assistant", tool_calls=[{}]), "messages[0].tool_calls", "not supported"),
+    (message(role="assistant", content=None), "messages[0].content", "required"),
+    (message(role="assistant", tool_calls={}), "messages[0].tool_calls", "must be an array"),
+    (message(role="assistant", tool_calls=[{}]), "messages[0].tool_calls[0].id", "required"),
+    (message(role="assistant", tool_calls=[{"id": "1"}]), "messages[0].tool_calls[0].function", "required"),
+    (message(role="assistant", tool_calls=[{"id": "1", "type": "custom"}]), "messages[0].tool_calls[0].type", '"function"'),
+    (
+        message(role="assistant", tool_calls=[{"id": "1", "function": {"name": "f", "arguments": {}}}]),
+        "messages[0].tool_calls[0].function.arguments",
+        "must be a string",
+    ),
+    (message(role="assistant", reasoning_content=3), "messages[0].reasoning_content", "must be a string"),
+    (message(tool_calls=[]), "messages[0].tool_calls", "not supported"),
     (message(role="assistant", refusal="no"), "messages[0].refusal", "not supported"),
     (part(), "messages[0].content[0].type", '"text" or "image_url", not null'),
     (part(type="text"), "messages[0].content[0].text", "required"),
@@ -120,14 +135,18 @@ BAD_CHATS: list[tuple[object, str, str]] = [
         "messages[0].content[0].image_url.detail",
         '"auto" or "high"',
     ),
-    (message(role="system", content=[IMAGE]), "messages[0].content[0].type", "only a user's message"),
+    (message(role="system", content=[IMAGE]), "messages[0].content[0].type", "only messages of users and tools"),
     (message(content=[IMAGE] * 3), "messages", "3 images; at most 2"),
     (chat(top_logprobs=1), "top_logprobs", "needs logprobs"),
     (chat(logprobs=3), "logprobs", "true or false"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs", "from 0 to 20"),
     (chat(max_tokens=1, max_completion_tokens=2), "max_tokens", "send one of them"),
-    (chat(tools=[{"type": "function"}]), "tools", "not supported beyond []"),
-    (chat(tool_choice="required"), "tool_choice", "not supported"),
+    (
+        chat(ignore_eos=True, tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="required"),
+        "ignore_eos",
+        "false",
+    ),
+    (chat(functions=[{"name": "f"}]), "functions", "not supported beyond []"),
     (chat(response_format="json"), "response_format", "must be a JSON object"),
     (chat(response_format={}), "response_format.type", "required"),
     (chat(response_format={"type": "yaml"}), "response_format.type", '"json_object" or "json_schema"'),
@@ -265,6 +284,39 @@ def test_an_answer_can_be_sent_back_as_the_client_got_it() -> None:
     assert call.messages[1] == {"role": "assistant", "content": "x"}
 
 
+def test_calls_and_their_results_reach_the_template() -> None:
+    calls = [
+        {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": [1, "two"]}'}},
+        {"id": "c2", "type": "function", "function": {"name": "look", "arguments": "{broken"}},
+        {"id": "c3", "type": "function", "function": {"name": "look", "arguments": ""}},
+        {"id": "c4", "type": "function", "function": {"name": "look", "arguments": '{"a":' * 200 + "1" + "}" * 200}},
+    ]
+    asked = {"role": "assistant", "content": None, "reasoning_content": "hm", "refusal": None, "tool_calls": calls}
+    results = [
+        {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "seen:"}, IMAGE]},
+        {"role": "tool", "tool_call_id": "c1", "name": "look", "content": "nothing"},
+    ]
+    call = parse_chat(chat(messages=[{"role": "user", "content": "hi"}, asked, *results]), LIMITS)
+    _, said, first, second = call.messages
+    assert (said["role"], said["content"], said["reasoning_content"]) == ("assistant", "", "hm")
+    arguments = [made["function"]["arguments"] for made in said["tool_calls"]]  # type: ignore[attr-defined]
+    assert arguments[:3] == [{"at": [1, "two"]}, "{broken", {}]
+    assert arguments[3] == calls[3]["function"]["arguments"]  # type: ignore[index]  # too deep to be walked through
+    assert first == {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "seen:"}, {"type": "image"}]}
+    assert second == {"role": "tool", "tool_call_id": "c1", "content": "nothing", "name": "look"}
+    assert [image.param for image in call.images] == ["messages[2].content[1].image_url.url"]
+
+
+def test_a_result_is_of_the_last_calls() -> None:
+    def asked(call_id: str) -> dict[str, Any]:
+        return {"role": "assistant", "tool_calls": [{"id": call_id, "function": {"name": "f", "arguments": "{}"}}]}
+
+    result = {"role": "tool", "tool_call_id": "old", "content": "x"}
+    assert parse_chat(chat(messages=[asked("old"), result, asked("new")]), LIMITS)
+    with pytest.raises(BadRequest, match='"old", which is no call'):
+        parse_chat(chat(messages=[asked("old"), asked("new"), result]), LIMITS)
+
+
 def test_images_keep_their_order_and_know_where_they_stand() -> None:
     other = {"type": "image_url", "image_url": {"url": "https://host/x.png"}}
     call = parse_chat(message(content=[IMAGE, {"type": "text", "text": "and"}, other]), LIMITS)
@@ -279,7 +331,8 @@ NAMES = [
     *("model", "messages", "prompt", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "max_completion_tokens"),
     *("stop", "n", "logprobs", "top_logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
     *("ignore_eos", "stream", "stream_options", "include_usage", "tools", "response_format", "role", "content", "type", "text"),
-    *("structured_outputs", "json", "regex", "choice", "json_schema", "schema", "strict"),
+    *("structured_outputs", "json", "regex", "choice", "json_schema", "schema", "strict", "tool_choice", "parallel_tool_calls"),
+    *("function", "name", "parameters", "arguments", "description", "tool_calls", "tool_call_id", "reasoning_content", "id"),
     *("image_url", "url", "detail", "user", "metadata", "chat_template_kwargs", "best_of", "echo", "suffix", "store"),
 ]
 scalars = st.one_of(
@@ -289,7 +342,21 @@ scalars = st.one_of(
     st.sampled_from([2**63, -(2**63), 2**64, 10**400]),
     st.floats(allow_nan=False, allow_infinity=False),
     st.text(max_size=8),
-    st.sampled_from(["user", "assistant", "system", "text", "image_url", "high", "data:image/png;base64,AA==", "m"]),
+    st.sampled_from(
+        [
+            "user",
+            "assistant",
+            "system",
+            "tool",
+            "function",
+            "required",
+            "text",
+            "image_url",
+            "high",
+            "data:image/png;base64,AA==",
+            "m",
+        ]
+    ),
 )
 values = st.recursive(
     scalars,
@@ -298,8 +365,8 @@ values = st.recursive(
 )
 messages = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "system", "tool"]) | values, "content": values},
-        optional=dict.fromkeys(("name", "tool_calls", "x"), values),
+        {"role": st.sampled_from(["user", "system", "assistant", "tool"]) | values, "content": values},
+        optional=dict.fromkeys(("name", "tool_calls", "tool_call_id", "x"), values),
     ),
     max_size=3,
 )

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from epd.errors import BadConfig
 from epd.gateway.guide import Guide, grammar_of
-from epd.tokenizer import Tokenizer
 from epd.model import guides
 from epd.model.config import load_model_config
 from epd.model.guides import Guides, GuideVocabulary, restricted
 from epd.model.sampler import sample
 from epd.options import BUNDLED_MODEL
 from epd.step import SampleRequest, SequenceStep
+from epd.tokenizer import Tokenizer
 from protocol.messages import RequestId, Sampling
 
 MODEL = load_model_config(BUNDLED_MODEL)

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from epd.gateway.prompt import Prompter
 from epd.gateway.template import ChatTemplate
-from epd.tokenizer import Tokenizer
 from epd.model.config import ImageConfig, ModelConfig, TextConfig, VisionConfig
+from epd.tokenizer import Tokenizer
 
 SPECIAL = (
     "<|endoftext|>",
@@ -25,6 +25,7 @@ SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+ORDINARY = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 LANGUAGES = (
     "The quick brown fox jumps over the lazy dog, doesn't it? 1234567890",
     "Zażółć gęślą jaźń. Größe, Straße, Äpfel; ça va où l'été naïf",
@@ -37,19 +38,25 @@ LANGUAGES = (
     "def f(x):\n    return {'a': [1, 2, 3], \"b\": x ** 2}  # <b>ok</b> <| |> </think>",
 )
 
-# In the manner of the Qwen family: a default for `system`, images as placeholders, a switch, trimming, several content kinds.
+# In the manner of the Qwen family: a default for `system`, images as placeholders, a switch, trimming, several content kinds,
+# tools.
 CHAT_TEMPLATE = """\
 {%- set count = namespace(images=0) %}
+{%- if tools %}
+    {{- '<|im_start|>system\\n<tools>' }}
+    {%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{% endfor %}
+    {{- '\\n</tools>\\nCall: <tool_call>\\n{"name": <name>, "arguments": <arguments>}\\n</tool_call><|im_end|>\\n' }}
+{%- endif %}
 {%- for message in messages %}
-    {%- if loop.first and message.role != 'system' %}
+    {%- if loop.first and message.role != 'system' and not tools %}
         {{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}
     {%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
+    {{- '<|im_start|>' + ('user\\n<tool_response>' if message.role == 'tool' else message.role) + '\\n' }}
     {%- if message.content is string %}
         {{- message.content if message.role != 'assistant' else message.content.split('</think>')[-1] | trim }}
     {%- else %}
         {%- for part in message.content %}
-            {%- if part.type == 'image' and message.role == 'user' %}
+            {%- if part.type == 'image' and message.role in ('user', 'tool') %}
                 {%- set count.images = count.images + 1 %}
                 {%- if number_images is defined and number_images %}{{- 'Picture ' ~ count.images ~ ': ' }}{% endif %}
                 {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
@@ -58,6 +65,13 @@ CHAT_TEMPLATE = """\
             {%- endif %}
         {%- endfor %}
     {%- endif %}
+    {%- for call in message.tool_calls or [] %}
+        {{- '\\n' if message.content or not loop.first }}
+        {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+        {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}
+        {{- '}\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '\\n</tool_response>' if message.role == 'tool' }}
     {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -81,7 +95,7 @@ IMAGE = ImageConfig(
 
 @cache
 def raw_tokenizer() -> RawTokenizer:
-    """Byte-level BPE of some 500 entries in Qwen's layout, with two ordinary added tokens."""
+    """Byte-level BPE of some 500 entries in Qwen's layout, with ordinary added tokens."""
     tokenizer = RawTokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -89,7 +103,7 @@ def raw_tokenizer() -> RawTokenizer:
     trainer = trainers.BpeTrainer(vocab_size=480, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(LANGUAGES * 2, trainer)
     tokenizer.add_special_tokens(list(SPECIAL))
-    tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in ("<think>", "</think>")])
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in ORDINARY])
     return tokenizer
 
 
