@@ -86,6 +86,7 @@ class _Conversation:
             message["tool_calls"] = calls
             self._call_ids = {str(call["id"]) for call in calls}
         content = self._content(fields, is_required=not calls)
+        fields.take("parsed")  # what OpenAI's client made of it
         return {"content": content, **message}
 
     def _result(self, fields: Fields) -> dict[str, object]:
@@ -159,6 +160,7 @@ def _call(value: object, path: str) -> dict[str, object]:
     fields.refuse_rest({})
     name = function_name(function)
     arguments = function.string("arguments") or "{}"
+    function.take("parsed_arguments")  # what OpenAI's client made of them
     function.refuse_rest({})
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": _as_object(arguments)}}
 

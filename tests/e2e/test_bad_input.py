@@ -73,7 +73,8 @@ CASES: dict[str, tuple[bytes, int, str]] = {
     "no token at all": (_json(max_tokens=0), 400, "max_tokens"),
     "a choice too many": (_json(n=1000), 400, "n"),
     "half a seed": (_json(seed=0.5), 400, "seed"),
-    "tools": (_json(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
+    "no function": (_json(tools=[{"type": "function", "function": {"name": ""}}]), 400, "tools[0].function.name"),
+    "a call that must be made of nothing": (_json(tool_choice="required"), 400, "tool_choice"),
     "a form of no kind": (_json(response_format={"type": "xml"}), 400, "json_schema"),
     "a schema of nothing": (
         _json(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "objekt"}}}),

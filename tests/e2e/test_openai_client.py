@@ -159,6 +159,54 @@ def test_a_form_is_kept_to_while_it_streams(client: openai.OpenAI) -> None:
     assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content), dict)
 
 
+class Move(pydantic.BaseModel):
+    """Moves a piece."""
+
+    colour: Literal["red", "blue"]
+    steps: Literal[1, 2, 3]
+
+
+def _call(client: openai.OpenAI, messages: list[Any], **fields: Any) -> Any:
+    tools = [openai.pydantic_function_tool(Move)]
+    return client.chat.completions.parse(model=MODEL_NAME, messages=messages, tools=tools, temperature=0, **fields).choices[0]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "Move"}}])
+def test_a_function_is_called_and_the_result_answered(client: openai.OpenAI, choice: Any) -> None:
+    """By a model that has never learned to: what it may write makes it."""
+    messages = _ask(_picture("red"), "What is in this image?")
+    asked = _call(client, messages, tool_choice=choice, parallel_tool_calls=False)
+    (call,) = asked.message.tool_calls
+    assert asked.finish_reason == "tool_calls"
+    assert isinstance(call.function.parsed_arguments, Move)
+    assert asked.message.content is None
+    result = {"role": "tool", "tool_call_id": call.id, "content": "moved"}
+    answered = _call(client, [*messages, asked.message, result])
+    assert answered.finish_reason in ("stop", "tool_calls")
+    assert answered.message.content
+
+
+def test_a_call_that_streams_is_the_one_that_comes_whole(client: openai.OpenAI) -> None:
+    messages = _ask(_picture("blue"), "What is in this image?")
+    fields: Any = {
+        "tools": [openai.pydantic_function_tool(Move)],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "n": 2,
+    }
+    whole = client.chat.completions.create(model=MODEL_NAME, messages=messages, temperature=1.2, seed=5, **fields)
+    said = {0: "", 1: ""}
+    for chunk in client.chat.completions.create(
+        model=MODEL_NAME, messages=messages, temperature=1.2, seed=5, stream=True, **fields
+    ):
+        for choice in chunk.choices:
+            for part in choice.delta.tool_calls or []:
+                assert part.function is not None
+                said[choice.index] += part.function.arguments or ""
+    calls = [choice.message.tool_calls for choice in whole.choices]
+    assert [call[0].function.arguments for call in calls if call and call[0].type == "function"] == list(said.values())
+
+
 def test_raw_completions(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL_NAME, prompt=["1 2 3", "5 6"], max_tokens=3, temperature=0)
     assert [choice.index for choice in answer.choices] == [0, 1]
@@ -177,8 +225,8 @@ def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="another", messages=[{"role": "user", "content": "hi"}])
     with pytest.raises(openai.BadRequestError, match="temperature"):
         _count(client, temperature=9)
-    with pytest.raises(openai.BadRequestError, match="tools"):
-        _count(client, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
+    with pytest.raises(openai.BadRequestError, match=r"tools\[0\]\.function\.name"):
+        _count(client, tools=[{"type": "function", "function": {"name": "no name", "parameters": {}}}])
 
 
 async def test_a_client_that_leaves_frees_everything(cluster: ProcessCluster) -> None:

@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import epd
 from epd.errors import BadImage, BadRequest, PromptTooLong, Unsupported
-from epd.gateway.prompt import Prompter
+from epd.gateway.prompt import Prompt, Prompter
+from epd.gateway.speech import Thinking
 from epd.gateway.template import ChatTemplate
+from epd.gateway.tools import written
 from epd.model.config import load_model_config
 from epd.tokenizer import Tokenizer
 from tests.support.text import (
@@ -64,6 +66,69 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_text_prompts_are_those_of_transformers(messages: list[dict[str, Any]]) -> None:
     assert list(prompter().chat(messages).token_ids) == reference(messages)
+
+
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {"name": "look", "description": 'Sees "ü"', "parameters": {"type": "object", "a": [1, None]}},
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+WITH_CALLS: list[dict[str, Any]] = [
+    {"role": "user", "content": "look"},
+    {
+        "role": "assistant",
+        "content": "Well.",
+        "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": ["<b>", 2]}}},
+            {"id": "2", "type": "function", "function": {"name": "now", "arguments": {}}},
+        ],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": "nothing"},
+]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, []])
+@pytest.mark.parametrize("messages", [CONVERSATIONS[0], WITH_CALLS])
+def test_functions_and_calls_are_put_as_transformers_does(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
+    prompt = prompter().chat(messages, tools=tools)
+    assert list(prompt.token_ids) == reference(messages, tools=tools or None)
+    assert "Sees" not in tokenizer().decode(prompt.token_ids) or tools
+
+
+def test_a_call_is_rendered_as_the_model_wrote_it() -> None:
+    """So that the KV of an earlier turn is found in the cache."""
+    before = prompter().chat(WITH_CALLS[:1], tools=TOOLS)
+    after = prompter().chat(WITH_CALLS, tools=TOOLS)
+    said = "Well.\n" + written("look", {"at": ["<b>", 2]}) + "\n" + written("now", {}) + "<|im_end|>"
+    output = tuple(tokenizer().encode_raw(said))
+    assert after.token_ids[: len(before.token_ids) + len(output)] == before.token_ids + output
+
+
+def test_a_result_may_be_an_image() -> None:
+    shown = [*WITH_CALLS[:2], {"role": "tool", "tool_call_id": "1", "content": [text("seen:"), IMAGE]}]
+    (image,) = prompter().chat(shown, [png()], tools=TOOLS).images
+    assert image.data == png()
+
+
+@pytest.mark.parametrize(("messages", "tools", "param"), [(WITH_CALLS, [], "messages"), (CONVERSATIONS[0], TOOLS, "tools")])
+def test_tools_need_a_template_that_has_them(messages: list[dict[str, Any]], tools: list[dict[str, Any]], param: str) -> None:
+    template = ChatTemplate("{% for message in messages %}{{ message.content }}{% endfor %}")
+    made = Prompter(tokenizer=tokenizer(), template=template, config=model_config(), max_model_len=4096)
+    with pytest.raises(Unsupported, match="has no tools") as caught:
+        made.chat(messages, tools=tools)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("options", "thinking"),
+    [({}, Thinking.POSSIBLE), ({"enable_thinking": False}, Thinking.NONE), ({"think": True}, Thinking.BEGUN)],
+)
+def test_a_prompt_knows_whether_the_model_will_think(options: dict[str, object], thinking: Thinking) -> None:
+    template = ChatTemplate(CHAT_TEMPLATE + "{{ '<think>\\n' if think is defined and think }}")
+    made = Prompter(tokenizer=tokenizer(), template=template, config=model_config(), max_model_len=4096)
+    assert made.chat(CONVERSATIONS[0], options=options).thinking is thinking
 
 
 def test_options_reach_the_template() -> None:
@@ -133,6 +198,7 @@ BUNDLED = Path(epd.__file__).parent / "assets" / "tiny-vl"
             {"role": "assistant", "content": "a"},
             {"role": "user", "content": "b"},
         ],
+        WITH_CALLS,
     ],
 )
 def test_the_bundled_models_prompts_are_those_of_transformers(messages: list[dict[str, Any]]) -> None:
@@ -141,9 +207,10 @@ def test_the_bundled_models_prompts_are_those_of_transformers(messages: list[dic
     made = Prompter.from_folder(BUNDLED, config, max_model_len=config.max_position_embeddings)
     num_images = sum(part == IMAGE for message in messages for part in message["content"])
     files = [png(64 + 16 * index, 64) for index in range(num_images)]
-    prompt = made.chat(messages, files)
+    tools = TOOLS if messages is WITH_CALLS else []
+    prompt = made.chat(messages, files, tools=tools)
     # The processor's way: render, repeat each placeholder by its image's tokens, tokenize.
-    rendered = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    rendered = reference.apply_chat_template(messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
     for image in prompt.images:
         rendered = rendered.replace("<|image_pad|>", "<placeholder>" * image.item.num_tokens, 1)
     rendered = rendered.replace("<placeholder>", "<|image_pad|>")
@@ -168,6 +235,23 @@ def test_special_tokens_in_a_clients_text_stay_text(name: str) -> None:
         prompt = prompter().chat(messages)
         assert specials(prompt.token_ids) == specials(prompter().chat(clean).token_ids)
         assert words.strip() in tokenizer().decode(prompt.token_ids)
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_tokens_in_functions_calls_and_results_stay_text(name: str) -> None:
+    def chat(word: str) -> Prompt:
+        function = {"name": "look", "description": word, "parameters": {"properties": {word: {"enum": [word, [word]]}}}}
+        call = {"id": word, "type": "function", "function": {"name": "look", "arguments": {word: [word]}}}
+        raw = {"id": word, "type": "function", "function": {"name": "look", "arguments": word}}
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "", "reasoning_content": word, "tool_calls": [call, raw]},
+            {"role": "tool", "tool_call_id": word, "name": word, "content": word},
+        ]
+        return prompter().chat(messages, tools=[{"type": "function", "function": function}])
+
+    assert specials(chat(name).token_ids) == specials(chat("x").token_ids)
+    assert tokenizer().decode(chat(name).token_ids).count(name) == 8
 
 
 def test_text_that_becomes_special_side_by_side_stays_text() -> None:
@@ -268,8 +352,12 @@ def test_prompts_that_are_too_long_are_refused_with_their_counts() -> None:
     assert len(prompter(max_model_len=num_tokens + 1).chat(messages, [png()]).token_ids) == num_tokens
     with pytest.raises(PromptTooLong, match=rf"{num_tokens} tokens \(16 of them for 1 image\); the model takes {num_tokens}"):
         prompter(max_model_len=num_tokens).chat(messages, [png()])
-    with pytest.raises(PromptTooLong, match="200 tokens; the model takes 100"):
+    with pytest.raises(PromptTooLong, match="200 tokens; the model takes 100") as caught:
         prompter(max_model_len=100).completion([1] * 200)
+    assert caught.value.param == "prompt"
+    with pytest.raises(PromptTooLong, match="the model takes 10") as caught:
+        prompter(max_model_len=10).chat([{"role": "user", "content": "what a long text this is"}])
+    assert caught.value.param == "messages"
 
 
 def test_what_cannot_fit_is_refused_before_it_is_tokenized() -> None:

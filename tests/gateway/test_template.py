@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from epd.errors import BadCheckpoint, BadRequest
+from epd.gateway.speech import Thinking
 from epd.gateway.template import ChatTemplate
+from tests.support.text import CHAT_TEMPLATE
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -102,6 +104,35 @@ def test_options_are_the_variables_that_the_template_reads() -> None:
     assert template.options == {"enable_thinking"}
     assert rendered("{{ 'on' if enable_thinking else 'off' }}", enable_thinking=True) == "on"
     assert template.render(HI, {"messages": "other"}) == "[{'role': 'user', 'content': 'hi'}]<s>"
+
+
+CALLS = "{% for m in messages %}{% for c in m.tool_calls or [] %}%s{% endfor %}{{ m.content }}{% endfor %}"
+TAGGED = '<tool_call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("source", "has_tools"),
+    [
+        (CHAT_TEMPLATE, True),
+        ("{{ tools | tojson if tools }}" + CALLS.replace("%s", TAGGED), True),
+        # Nobody tells the model of functions; calls are left out, are written in another way, or with other arguments; results
+        # are left out; calls are refused.
+        (CALLS.replace("%s", TAGGED), False),
+        ("{{ tools | tojson if tools }}" + CALLS.replace("%s", ""), False),
+        ("{{ tools | tojson if tools }}" + CALLS.replace("%s", "<tool_call><function={{ c.function.name }}></tool_call>"), False),
+        ("{{ tools | tojson if tools }}" + CALLS.replace("%s", TAGGED.replace("c.function.arguments |", "{} |")), False),
+        ("{{ tools | tojson if tools }}" + CALLS.replace("%s", TAGGED).replace("{{ m.content }}", ""), False),
+        ("{{ tools | tojson if tools }}{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}", False),
+        ("{{ messages[0].content }}", False),
+    ],
+)
+def test_a_template_shows_whether_it_has_tools_that_are_understood(source: str, has_tools: bool) -> None:
+    assert ChatTemplate(source).has_tools is has_tools
+
+
+def test_only_a_template_that_knows_thoughts_makes_a_model_think() -> None:
+    assert ChatTemplate("<think>").thinking_after("assistant\n<think>\n") is Thinking.BEGUN
+    assert ChatTemplate("hm").thinking_after("assistant\n<think>\n") is Thinking.NONE
 
 
 def _render_folder(folder: Path) -> str:

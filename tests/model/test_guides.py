@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epd.errors import BadConfig
-from epd.gateway.guide import Guide, grammar_of
+from epd.gateway.guide import Guide, after_thoughts, grammar_of
+from epd.gateway.speech import Speech, Thinking
+from epd.gateway.tools import Tool, Tools, written
 from epd.model import guides
 from epd.model.config import load_model_config
 from epd.model.guides import Guides, GuideVocabulary, restricted
@@ -23,6 +25,7 @@ from epd.options import BUNDLED_MODEL
 from epd.step import SampleRequest, SequenceStep
 from epd.tokenizer import Tokenizer
 from protocol.messages import RequestId, Sampling
+from tests.support.text import model_config, tokenizer, write_folder
 
 MODEL = load_model_config(BUNDLED_MODEL)
 VOCABULARY = GuideVocabulary(MODEL, BUNDLED_MODEL)
@@ -42,11 +45,17 @@ def _sequence(name: str, sampling: Sampling, output: Sequence[int]) -> SequenceS
 
 
 def _output(
-    guide: Guide, *, seed: int, temperature: float = 1.0, ways: Sequence[Guides] | None = None, most: int = 400
+    guide: Guide | None,
+    tools: Tools | None = None,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    ways: Sequence[Guides] | None = None,
+    most: int = 400,
 ) -> list[int]:
     """Of a model that has no idea: noise for logits. `ways`: the runners that draw its tokens in turns."""
     ways = ways or [Guides(VOCABULARY)]
-    sampling = Sampling(temperature=temperature, seed=seed, guide=grammar_of(guide))
+    sampling = Sampling(temperature=temperature, seed=seed, guide=grammar_of(guide, tools))
     output: list[int] = []
     for number in range(most):
         logits = np.random.default_rng((seed, number)).standard_normal((1, MODEL.text.vocab_size), np.float32) * 4
@@ -78,6 +87,91 @@ def test_a_regular_expression_is_followed(seed: int, pattern: str) -> None:
 def test_one_of_the_choices_is_said(choices: list[str]) -> None:
     output = _output(Guide("choice", json.dumps(choices), "f"), seed=3)
     assert b"".join(map(TOKENIZER.token_bytes, output)).decode() in choices
+
+
+WEATHER = Tool("weather", json.dumps(PERSON), True, {}, "tools[0].function")
+ANYTHING = Tool("anything", '{"type": "object"}', False, {}, "tools[1].function")
+ANSWER = Guide("regex", "[a-c]{3}", "f")
+CITY = {"name": "Ada", "age": 3}
+
+
+def _tools(*, must_call: bool = False, is_parallel: bool = True, only: Tool | None = None) -> Tools:
+    return Tools((WEATHER, ANYTHING), (only,) if only else (WEATHER, ANYTHING), must_call, is_parallel)
+
+
+def _can_say(grammar: str, text: str) -> bool:
+    """Whether it may be the whole output."""
+    runner = Guides(VOCABULARY)
+    output = TOKENIZER.encode(text)
+    for end in range(len(output) + 1):
+        try:
+            (request,) = restricted(runner, [_sequence("r", Sampling(guide=grammar), output[:end])])
+        except ValueError:
+            return False
+        assert request.allowed is not None
+        bits = np.unpackbits(request.allowed.view(np.uint8), bitorder="little")
+        if not bits[output[end] if end < len(output) else MODEL.eos_token_ids[0]]:
+            return False
+    return True
+
+
+FIRST, SECOND = written("weather", CITY), written("anything", {"x": [1]})
+WRONG = written("weather", {"nam": "Ada"})
+
+
+@pytest.mark.parametrize(
+    ("tools", "answer", "can", "cannot"),
+    [
+        (_tools(), None, ["", "a <b", FIRST, f"so\n{FIRST}\n{SECOND}\nthere"], [WRONG, f"a {WRONG}", "<tool_call>now"]),
+        (_tools(is_parallel=False), None, ["", "a <b", f"so\n{SECOND}"], [WRONG, f"{FIRST}\n{SECOND}", f"{FIRST}\n"]),
+        (_tools(must_call=True), None, [FIRST, f"{SECOND}\n{FIRST}"], ["", "a", f"so\n{FIRST}", f"{FIRST}\n", WRONG]),
+        (_tools(must_call=True, is_parallel=False, only=ANYTHING), ANSWER, [SECOND], ["", "abc", FIRST, f"{SECOND}\n{SECOND}"]),
+        (_tools(), ANSWER, ["abc", FIRST, f"{SECOND}\n{FIRST}"], ["", "abd", f"abc{FIRST}", WRONG]),
+    ],
+)
+def test_calls_are_made_as_asked(tools: Tools, answer: Guide | None, can: list[str], cannot: list[str]) -> None:
+    grammar = grammar_of(answer, tools)
+    assert {text: _can_say(grammar, text) for text in (*can, *cannot)} == {
+        **dict.fromkeys(can, True),
+        **dict.fromkeys(cannot, False),
+    }
+
+
+@pytest.mark.parametrize(
+    ("thinking", "can", "cannot"),
+    [
+        (Thinking.NONE, [FIRST], [f"hm</think>\n\n{FIRST}", f"<think>hm</think>\n\n{FIRST}"]),
+        (Thinking.BEGUN, [f"a <b>\n</think>\n\n{FIRST}"], [FIRST, f"hm</think>{FIRST}", f"hm</think>\n\n{WRONG}"]),
+        (Thinking.POSSIBLE, [FIRST, f"<think>\nhm\n</think>\n\n{FIRST}"], [f"hm</think>\n\n{FIRST}", "<think>hm", WRONG]),
+    ],
+)
+def test_a_model_thinks_freely_before_it_does_as_asked(thinking: Thinking, can: list[str], cannot: list[str]) -> None:
+    grammar = after_thoughts(grammar_of(None, _tools(must_call=True)), thinking)
+    assert {text: _can_say(grammar, text) for text in (*can, *cannot)} == {
+        **dict.fromkeys(can, True),
+        **dict.fromkeys(cannot, False),
+    }
+
+
+@given(st.integers(0, 10**6))
+def test_a_model_that_has_no_idea_calls_functions_that_are_there(seed: int) -> None:
+    tools = _tools(must_call=True, is_parallel=False, only=WEATHER)
+    said = Speech(thinking=Thinking.NONE, can_call=True).feed(TOKENIZER.decode(_output(None, tools, seed=seed)), is_last=True)
+    assert said.calls[0].name == "weather"
+    assert set(json.loads("".join(part.arguments for part in said.calls))) == {"name", "age"}
+    assert said.content == ""
+
+
+def test_tags_are_written_as_the_tokens_that_models_know(tmp_path: Path) -> None:
+    """Not letter by letter, though they look like special tokens."""
+    vocabulary = GuideVocabulary(model_config(), write_folder(tmp_path))
+    grammar = after_thoughts(grammar_of(None, _tools(must_call=True)), Thinking.BEGUN)
+    for before, tag in (("hm", "</think>"), ("hm</think>\n\n", "<tool_call>"), (f"hm</think>\n\n{FIRST}"[:-12], "</tool_call>")):
+        output = tokenizer().encode(before)
+        (request,) = restricted(Guides(vocabulary), [_sequence("r", Sampling(guide=grammar), output)])
+        assert request.allowed is not None
+        (token_id,) = tokenizer().encode(tag)
+        assert request.allowed[token_id // 32] >> (token_id % 32) & 1, tag
 
 
 def test_every_token_may_be_drawn_elsewhere() -> None:

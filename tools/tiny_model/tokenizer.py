@@ -27,6 +27,13 @@ _PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p
 
 # Every tag trims its blanks, so it renders alike whatever the Jinja environment's trim settings are.
 CHAT_TEMPLATE = """\
+{%- if tools -%}
+    {{- '<|im_start|>system\\nFunctions:\\n' -}}
+    {%- for tool in tools -%}
+        {{- tool | tojson + '\\n' -}}
+    {%- endfor -%}
+    {{- 'To call one: <tool_call>\\n{"name": <name>, "arguments": <object>}\\n</tool_call><|im_end|>\\n' -}}
+{%- endif -%}
 {%- for message in messages -%}
     {{- '<|im_start|>' + message.role + '\\n' -}}
     {%- if message.content is string -%}
@@ -42,6 +49,13 @@ CHAT_TEMPLATE = """\
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
+    {%- for call in message.tool_calls or [] -%}
+        {%- set arguments = call.function.arguments -%}
+        {{- '\\n' if message.content or not loop.first else '' -}}
+        {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' -}}
+        {{- arguments if arguments is string else arguments | tojson -}}
+        {{- '}\\n</tool_call>' -}}
+    {%- endfor -%}
     {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
