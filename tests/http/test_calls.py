@@ -207,7 +207,8 @@ async def test_parsed_tools_are_parsed(client: openai.AsyncOpenAI, says: Says) -
         model=MODEL, messages=[*HI, message, result], tools=tools, response_format=Weather
     )
     assert again.choices[0].message.parsed == Weather(city="Rome")
-    assert await whole(client, messages=[*HI, again.choices[0].message, *HI])
+    parsed = {"role": "assistant", "content": again.choices[0].message.content, "parsed": {"city": "Rome"}}
+    assert await whole(client, messages=[*HI, parsed, *HI])
 
 
 # --- thoughts -------------------------------------------------------------------------------------------------------
