@@ -14,7 +14,7 @@ from tools.bench.apart import run_apart
 from tools.bench.machine import describe_machine, machine_slug
 from tools.bench.rows import Row, meets_bar, render
 
-BENCHMARKS = ("link", "handoff", "engine", "serve", "overhead", "streams", "gateway")
+BENCHMARKS = ("link", "handoff", "engine", "serve", "overhead", "streams", "gateway", "recovery")
 _RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
 
