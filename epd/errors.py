@@ -56,6 +56,12 @@ class BadImage(BadRequest):
     code = "bad_image"
 
 
+class GuideTooComplex(BadRequest):
+    """What an output is to look like takes more to follow than is given to one request."""
+
+    code = "guide_too_complex"
+
+
 class BodyTooLarge(EpdError):
     code = "body_too_large"
     http_status = 413

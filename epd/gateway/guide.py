@@ -33,7 +33,9 @@ class Guide:
 
 
 def grammar_of(guide: Guide | None, tools: Tools | None = None) -> str:
-    """`Sampling.guide` for answers that follow the guide or call tools; empty for those that are free. Takes up to a second.
+    """`Sampling.guide` for answers that follow the guide or call tools; empty for those that are free.
+
+    What it takes is not bounded: `epd/gateway/grammars` has it done where that does no harm.
 
     Raises:
         BadRequest: nothing can follow it, or it is too large; says why.

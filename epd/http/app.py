@@ -101,7 +101,7 @@ class HttpServer:
         if self._runner is not None:
             await self._runner.cleanup()
         await self._images.close()
-        self._routes.close()
+        await self._routes.close()
 
     # --- the application --------------------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from aiohttp import web
 from epd.config import HttpConfig
 from epd.errors import BadRequest, BodyTooLarge, UnknownModel
 from epd.gateway.engine import Engine
-from epd.gateway.guide import after_thoughts, grammar_of
+from epd.gateway.grammars import Grammars
+from epd.gateway.guide import after_thoughts
 from epd.gateway.prompt import Prompt, Prompter
 from epd.gateway.speech import Speech, Thinking
 from epd.gateway.tools import Tools
@@ -82,10 +83,12 @@ class OpenAIRoutes:
             vocab_size=prompter.config.text.vocab_size, max_images=config.max_images, takes_images=prompter.takes_images
         )
         self._started = int(time.time())
+        self._grammars = Grammars()
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="prompt")
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        await self._grammars.close()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         arrival = _arrival(request)
@@ -151,10 +154,8 @@ class OpenAIRoutes:
         return self._answer(identity, prompts, options, form, arrival)
 
     async def _guided(self, options: Options, tools: Tools | None) -> Options:
-        """With the grammar of what was asked for, made in a thread: a schema may hold much in few bytes."""
-        if options.guide is None and tools is None:
-            return options
-        grammar = await asyncio.get_running_loop().run_in_executor(self._pool, grammar_of, options.guide, tools)
+        """With the grammar of what was asked for."""
+        grammar = await self._grammars.grammar(options.guide, tools)
         return replace(options, sampling=msgspec.structs.replace(options.sampling, guide=grammar))
 
     def _answer(self, identity: Identity, prompts: list[Prompt], options: Options, form: Format, arrival: _Arrival) -> Answer:

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from epd.errors import BadConfig
+from epd.automaton import allowed, automaton, tokens_of, what_is_wrong
+from epd.errors import BadConfig, GuideTooComplex
 from epd.model.config import ModelConfig
 from epd.step import Int32Array, SampleRequest, SequenceStep
 from epd.tokenizer import Tokenizer
@@ -28,8 +27,9 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _MAKING_S = 30.0  # at most; two for a vocabulary of 150,000
-_MAX_REQUESTS = 1024  # whose automata are kept; one that was forgotten is begun anew
-_MAX_GRAMMARS = 64  # that are kept ready to begin with
+# Automata that are kept for requests which are not in this step: one that sits a step out, or was preempted, may be in the next.
+_NUM_SPARE = 64
+_MAX_GRAMMARS = 16  # that are kept ready to begin with
 
 
 class GuideVocabulary:
@@ -38,7 +38,7 @@ class GuideVocabulary:
     def __init__(self, model: ModelConfig, folder: Path) -> None:
         self.vocab_size = model.text.vocab_size  # of the logits, which may be more than the tokenizer has tokens
         self._folder = folder
-        self._eos_token_ids = list(model.eos_token_ids)
+        self._eos_token_ids = model.eos_token_ids
         self._tokens: LLTokenizer | None = None
         self._wrong = ""
         self._thread = threading.Thread(target=self._read, name="guide vocabulary", daemon=True)
@@ -53,31 +53,10 @@ class GuideVocabulary:
 
     def _read(self) -> None:
         try:
-            from llguidance import LLTokenizer, TokenizerWrapper
-
-            tokens = TokenizerWrapper(_Tokens(Tokenizer.from_folder(self._folder), self.vocab_size, self._eos_token_ids[0]))
-            self._tokens = LLTokenizer(tokens, n_vocab=self.vocab_size, eos_token=self._eos_token_ids)
+            tokenizer = Tokenizer.from_folder(self._folder)
+            self._tokens = tokens_of(tokenizer, vocab_size=self.vocab_size, eos_token_ids=self._eos_token_ids)
         except Exception as error:  # told to whoever wants to guide; nobody else needs it
             self._wrong = str(error)
-
-
-class _Tokens:
-    """Our reading of a tokenizer, in the shape that llguidance takes.
-
-    Its own would have every added token that is spelled `<like this>` count as special, so that a guided output could write
-    `</think>` or `<tool_call>` letter by letter only, which is not how models have learned to write them.
-    """
-
-    bos_token_id = None
-
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_id: int) -> None:
-        self._tokenizer = tokenizer
-        self.eos_token_id = eos_token_id
-        self.tokens = [tokenizer.spelling(token_id) for token_id in range(vocab_size)]
-        self.special_token_ids = sorted(tokenizer.special_ids.values())
-
-    def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
 
 
 @dataclass(slots=True)
@@ -87,6 +66,7 @@ class _Guided:
     guide: str
     matcher: LLMatcher
     output: list[int] = field(default_factory=list)
+    is_masked: bool = False  # what may come next has been asked for
 
 
 class Guides:
@@ -101,37 +81,47 @@ class Guides:
         """The request with what may come next, if it is guided.
 
         Raises:
-            ValueError: its output so far does not follow its grammar, or the grammar is more than the automaton can take.
+            GuideTooComplex: its output so far does not follow its grammar, or the grammar is more than the automaton can take.
         """
         guide = request.sampling.guide
         if not guide:
             return request
-        matcher = self._at(sequence.request_id, guide, request.output_token_ids.tolist())
-        allowed: Int32Array = np.zeros(-(-self._vocabulary.vocab_size // 32), np.int32)
-        matcher.unsafe_compute_mask_ptr(allowed.ctypes.data, allowed.nbytes)
-        _check(matcher)
-        return replace(request, allowed=allowed)
+        guided = self._at(sequence.request_id, guide, request.output_token_ids.tolist())
+        return replace(request, allowed=self._mask(guided))
 
-    def _at(self, request_id: RequestId, guide: str, output: list[int]) -> LLMatcher:
-        """The request's automaton, after its output."""
+    def forget(self, num_kept: int) -> None:
+        """Keep the automata of so many requests, the last that were asked for, and some to spare."""
+        while len(self._guided) > num_kept + _NUM_SPARE:
+            self._guided.popitem(last=False)
+
+    def _at(self, request_id: RequestId, guide: str, output: list[int]) -> _Guided:
+        """The request's automaton, after its output.
+
+        An output that is gone through again is gone through as it was drawn, with a mask before each token: the library's bounds
+        are those of a step, and a mask is what begins one.
+        """
         guided = self._guided.pop(request_id, None)
         if guided is None or guided.guide != guide or output[: len(guided.output)] != guided.output:
             guided = _Guided(guide, self._beginning(guide))
-        more = output[len(guided.output) :]
-        if more:
-            guided.matcher.consume_tokens(more)
+        for token_id in output[len(guided.output) :]:
+            if not guided.is_masked:
+                self._mask(guided)
+            guided.matcher.consume_token(token_id)
+            guided.is_masked = False
             _check(guided.matcher)
         guided.output = output
         self._guided[request_id] = guided
-        if len(self._guided) > _MAX_REQUESTS:
-            self._guided.popitem(last=False)
-        return guided.matcher
+        return guided
+
+    def _mask(self, guided: _Guided) -> Int32Array:
+        bits = allowed(guided.matcher, self._vocabulary.vocab_size)
+        guided.is_masked = True
+        _check(guided.matcher)
+        return bits
 
     def _beginning(self, guide: str) -> LLMatcher:
-        from llguidance import LLMatcher
-
         if guide not in self._ready:
-            matcher = LLMatcher(self._vocabulary.tokens(), guide, log_level=0)
+            matcher = automaton(self._vocabulary.tokens(), guide)
             _check(matcher)
             self._ready[guide] = matcher
             if len(self._ready) > _MAX_GRAMMARS:
@@ -141,7 +131,12 @@ class Guides:
 
 
 def restricted(guides: Guides | None, sequences: Sequence[SequenceStep]) -> list[SampleRequest]:
-    """What to sample for these sequences, each of which has something to. Raises ValueError as `Guides.restrict`."""
+    """What to sample for these sequences, each of which has something to.
+
+    Raises:
+        GuideTooComplex: as `Guides.restrict`.
+        ValueError: there is a guide, and no `guides`.
+    """
     requests: list[SampleRequest] = []
     for sequence in sequences:
         request = sequence.sample
@@ -149,9 +144,11 @@ def restricted(guides: Guides | None, sequences: Sequence[SequenceStep]) -> list
         if request.sampling.guide and guides is None:
             raise ValueError("this device follows no guides")
         requests.append(request if guides is None else guides.restrict(sequence, request))
+    if guides is not None:
+        guides.forget(len(sequences))
     return requests
 
 
 def _check(matcher: LLMatcher) -> None:
-    if matcher.is_error():
-        raise ValueError(f"the output cannot be guided any further: {matcher.get_error().splitlines()[0]}")
+    if reason := what_is_wrong(matcher):
+        raise GuideTooComplex(f"the output cannot be made to look as asked any further: {reason}")
