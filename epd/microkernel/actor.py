@@ -58,9 +58,6 @@ class Actor:
     async def stopped(self) -> None:
         """Called after the last mail and after all spawned tasks have ended; also after a crash."""
 
-    async def drained(self) -> None:
-        """Take no new work from now on, and return when none is left. Its bound is the caller's."""
-
     async def receive(self, mail: Mail) -> None:
         """An EpdError raised here answers the mail with Failed; another exception is a crash and stops the actor."""
         raise NotImplementedError

@@ -21,11 +21,10 @@ from epd.microkernel.itemstream import ItemStream, Source
 from epd.microkernel.link import HEARTBEAT_S, Link, LinkStats
 from epd.microkernel.local import TOLD, LocalAsk, LocalStream, by_reference, copy_into, mismatch
 from epd.microkernel.peers import Peers
-from epd.microkernel.tasks import TaskOwner
 from protocol.handshake import Identity
 from protocol.messages import Address, Endpoint, Failed, Message, WorkerId
 
-DEFAULT_MAILBOX: Final = 1024
+_DEFAULT_MAILBOX: Final = 1024
 _STOP_DRAIN_S: Final = 1.0
 _log = Log("system")
 
@@ -58,7 +57,6 @@ class System:
         self._cells: dict[str, Cell] = {}
         self._watchers: dict[WorkerId, list[Callable[[WorkerId], None]]] = {}
         self._servers: list[asyncio.AbstractServer] = []
-        self._tasks = TaskOwner()
         self._endpoint: Endpoint | None = None
         self._peers: Peers | None = None
         self._open_links: dict[WorkerId, Link] = {}  # the peers' own
@@ -97,7 +95,6 @@ class System:
         if self._peers is not None:
             await self._peers.close(drain_s=_STOP_DRAIN_S)
         self._servers.clear()
-        await self._tasks.close()
 
     @property
     def endpoint(self) -> Endpoint:
@@ -113,7 +110,7 @@ class System:
         name: str,
         actor: Actor,
         *,
-        mailbox: int = DEFAULT_MAILBOX,
+        mailbox: int = _DEFAULT_MAILBOX,
         on_crash: Callable[[Exception], None] | None = None,
     ) -> Address:
         """Start an actor. `on_crash` is called after a crash has stopped and unregistered it. Raises what started() raises."""

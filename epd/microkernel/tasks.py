@@ -33,10 +33,6 @@ class TaskOwner:
         task.add_done_callback(self._done)
         return task
 
-    @property
-    def num_running(self) -> int:
-        return len(self._tasks)
-
     async def close(self) -> None:
         """Cancel all and wait for their end."""
         while self._tasks:
