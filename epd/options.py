@@ -178,7 +178,9 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--max-chunk-tokens", type=int, default=0, help="tokens of one request in it; 0: what suits the device")
     sizes.add_argument("--max-running", type=int, default=0, help="requests of one decode step; 0: what suits the device")
     sizes.add_argument("--max-patches", type=int, default=0, help="image patches of one encode step; 0: what suits the device")
-    sizes.add_argument("--lease-s", type=float, default=30.0, help="how long a handle to unfetched bytes is kept")
+    sizes.add_argument(
+        "--lease-s", type=float, default=30.0, help="how long an embedding that nobody fetches is kept for its request"
+    )
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:

@@ -138,7 +138,6 @@ class StageParts:
             stream=self.streams["prefill"],
             checksum_stream=reads,
             merge_size=self._merge_size,
-            lease_s=self.config.engine.lease_s,
             num_beside=(lambda: decode.num_running) if decode is not None else (lambda: 0),
             clock=clock,
         )

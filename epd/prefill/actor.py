@@ -62,7 +62,6 @@ class PrefillActor(StageActor):
         stream: Stream,
         checksum_stream: Stream,
         merge_size: int,
-        lease_s: float,
         num_beside: Callable[[], int],
         clock: Clock,
     ) -> None:
@@ -78,7 +77,6 @@ class PrefillActor(StageActor):
         self._flights: Flights[PrefillPlan] = Flights(stream, runner, wake=self.wake, clock=clock)
         self._checksum_stream = checksum_stream
         self._merge_size = merge_size
-        self._lease_s = lease_s
         self._entries: dict[RequestId, Entry] = {}
         self._handed_over: dict[RequestId, Entry] = {}  # whose leases may still stand
         self._early = EarlyPulls(clock)
@@ -171,8 +169,6 @@ class PrefillActor(StageActor):
             blocks=self._blocks,
             memory=self._memory,
             stream=self._checksum_stream,
-            lease_s=self._lease_s,
-            clock=self.clock,
             is_local=mail.sender == self._sender.pool.worker,
         )
         for finished in entry.finished:

@@ -1,7 +1,7 @@
 """The giving end of a KV hand-off: runs of finished blocks go to the decode worker that pulls them, then the first token.
 
 Each run travels as a `KVRef` under a lease of its own, so that prefill may forget the request as soon as everything was told: the
-leases keep the blocks until they have been copied, or expire.
+leases keep the blocks until they have been copied, or the request is over.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ class HandOver:
         blocks: BlockPool,
         memory: Pool,
         stream: Stream,
-        lease_s: float,
-        clock: Clock,
         is_local: bool,
     ) -> None:
         self.epoch = request.epoch
@@ -47,8 +45,6 @@ class HandOver:
         self._blocks = blocks
         self._memory = memory
         self._stream = stream
-        self._lease_s = lease_s
-        self._clock = clock
         self._is_local = is_local
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._leases: list[int] = []
@@ -59,7 +55,9 @@ class HandOver:
         if self._is_released:
             return  # nobody pulls any more, and the request has not been aborted yet
         # Leased now and not when sent: the request may be aborted in between, and its blocks become somebody else's.
-        lease_id = self._blocks.lease(finished.block_ids, self._clock() + self._lease_s)
+        # And for as long as the request may take: a link may need longer for a long prompt than any one length of a lease, and
+        # then so it does at the next attempt. The puller releases what it has; a request that ends otherwise ends its leases.
+        lease_id = self._blocks.lease(finished.block_ids, self._request.deadline)
         self._leases.append(lease_id)
         self._events.put_nowait((finished, lease_id))
 
@@ -108,7 +106,7 @@ class HandOver:
             generation=self._sender.pool.generation,
             layout=self._sender.pool.layout,
             lease_id=lease_id,
-            lease_s=self._lease_s,
+            lease_s=0.0,
             request_id=self._request.request_id,
             epoch=self._request.epoch,
             first_block=finished.first_block,

@@ -10,7 +10,7 @@ import pytest
 from epd.errors import StaleHandle
 from epd.step import StepPlan
 from gpu.cpu import CpuBackend
-from protocol.messages import Address, Handoff, KVChunk, Prefill, Prefilled, PullKV, RequestId
+from protocol.messages import Address, FetchBlocks, Handoff, KVChunk, KVRef, Prefill, Prefilled, PullKV, RequestId
 from tests.support import stages
 from tests.support.clock import FakeClock
 from tests.support.systems import running, until
@@ -76,7 +76,7 @@ async def test_what_is_done_waits_for_decode_as_long_as_its_asker_is_there() -> 
     backend, clock = CpuBackend(), FakeClock()
     try:
         async with running("gateway", "decode", "prefill") as (gateway, decode, server):
-            stage = await stages.add_prefill(server, backend, lease_s=20.0, clock=clock)
+            stage = await stages.add_prefill(server, backend, clock=clock)
             to = Address(server.worker, "prefill")
             for name in ("fetched", "left"):
                 prompt = stages.tokens_as_bytes([ord(name[0]), 1, 2, 3, 4])
@@ -98,12 +98,43 @@ async def test_what_is_done_waits_for_decode_as_long_as_its_asker_is_there() -> 
         backend.close()
 
 
+async def test_a_slow_pull_keeps_its_leases_until_the_request_is_out_of_time() -> None:
+    """Over a slow link a long prompt takes minutes, at every attempt anew."""
+    backend, clock = CpuBackend(), FakeClock()
+    try:
+        async with running("gateway", "decode", "prefill") as (gateway, decode, server):
+            stage = await stages.add_prefill(server, backend, clock=clock)
+            to = Address(server.worker, "prefill")
+            prompt = stages.tokens_as_bytes([1, 2, 3, 4, 5])
+            await gateway.ask(to, Prefill(RequestId("r"), 1, prompt, 5, (), stages.sampling(9), 600.0), timeout_s=20)
+            refs: list[KVRef] = []
+            async with aclosing(
+                decode.stream(to, PullKV(RequestId("r"), 1, stage.memory.layout, 600.0), timeout_s=20)
+            ) as answers:
+                async for answer in answers:
+                    if isinstance(answer.message, KVChunk):
+                        refs.append(answer.message.ref)
+            clock.advance(590.0)
+            stage.actor.sweep(clock())
+            (ref,) = refs
+            fetch = FetchBlocks("kv", ref.generation, ref.lease_id, ref.block_ids)
+            assert len((await decode.ask(to, fetch, timeout_s=20)).buffers) == len(ref.block_ids) == 2
+            clock.advance(10.0)
+            stage.actor.sweep(clock())
+            with pytest.raises(StaleHandle, match="has ended"):
+                await decode.ask(to, fetch, timeout_s=20)
+            assert stage.actor.is_idle()
+            stage.check()
+    finally:
+        backend.close()
+
+
 async def test_what_was_handed_over_and_not_fetched_goes_with_its_asker() -> None:
     """The decode worker has left the hand-over to itself, having lost the same gateway; nobody sends an Abort."""
     backend, clock = CpuBackend(), FakeClock()
     try:
         async with running("gateway", "decode", "prefill") as (gateway, decode, server):
-            stage = await stages.add_prefill(server, backend, lease_s=600.0, clock=clock)
+            stage = await stages.add_prefill(server, backend, clock=clock)
             to = Address(server.worker, "prefill")
             prompt = stages.tokens_as_bytes([1, 2, 3, 4, 5])
             await gateway.ask(to, Prefill(RequestId("r"), 1, prompt, 5, (), stages.sampling(9), 600.0), timeout_s=20)

@@ -231,7 +231,6 @@ async def add_prefill(
     allowed: str = "auto",
     shared: Shared | None = None,
     local: Sequence[Pool] = (),
-    lease_s: float = 20.0,
     max_steps_in_flight: int = 1,
     pair_cost: float = 0.0,
     clock: Clock = monotonic,
@@ -261,7 +260,6 @@ async def add_prefill(
         stream=backend.open_stream("prefill"),
         checksum_stream=backend.open_stream("sums"),
         merge_size=1,
-        lease_s=lease_s,
         num_beside=lambda: sum(decode.num_running for decode in shared.decode) if shared else 0,
         clock=clock,
     )
@@ -316,7 +314,6 @@ async def add_encode(
     *,
     num_blocks: int = 16,
     max_patches: int = 64,
-    lease_s: float = 20.0,
     clock: Clock = monotonic,
 ) -> EncodeStage:
     memory = backend.allocate_pool(PoolSpec(num_blocks, EMBEDDING_BLOCK_BYTES, "embedding", EMBEDDING_LAYOUT))
@@ -330,7 +327,7 @@ async def add_encode(
         runner=runner,
         stream=backend.open_stream("encode"),
         preprocess_stream=backend.open_stream("preprocess"),
-        lease_s=lease_s,
+        lease_s=20.0,
         clock=clock,
     )
     await system.register("encode", actor)

@@ -113,7 +113,6 @@ async def world(
     decode_blocks: int = 32,
     prefill_blocks: int = 32,
     encode_blocks: int = 16,
-    lease_s: float = 20.0,
     in_flight: int = 2,
     clock: Clock = monotonic,
 ) -> AsyncIterator[World]:
@@ -137,7 +136,7 @@ async def world(
             await by_name["gateway"].register("directory", fleet)
             await by_name["gateway"].register("tokens", router)
             made = World(by_name["gateway"], by_name, fleet, router, clock, observer)
-            sizes = _Sizes(allowed, chunk, decode_blocks, prefill_blocks, encode_blocks, lease_s, in_flight)
+            sizes = _Sizes(allowed, chunk, decode_blocks, prefill_blocks, encode_blocks, in_flight)
             for name, roles in layout.items():
                 await _add_worker(made, backend, name, roles.split(","), sizes)
             yield made
@@ -153,7 +152,6 @@ class _Sizes:
     decode_blocks: int
     prefill_blocks: int
     encode_blocks: int
-    lease_s: float
     in_flight: int
 
 
@@ -162,9 +160,7 @@ async def _add_worker(made: World, backend: CpuBackend, name: str, roles: list[s
     shared = stages.shared_pool(backend, num_blocks=sizes.prefill_blocks) if {"prefill", "decode"} <= set(roles) else None
     local = []
     if "encode" in roles:
-        made.encode[name] = await stages.add_encode(
-            system, backend, num_blocks=sizes.encode_blocks, lease_s=sizes.lease_s, clock=made.clock
-        )
+        made.encode[name] = await stages.add_encode(system, backend, num_blocks=sizes.encode_blocks, clock=made.clock)
         local.append(made.encode[name].memory)
     if "prefill" in roles:
         made.prefill[name] = await stages.add_prefill(
@@ -176,7 +172,6 @@ async def _add_worker(made: World, backend: CpuBackend, name: str, roles: list[s
             allowed=sizes.allowed,
             shared=shared,
             local=local,
-            lease_s=sizes.lease_s,
             max_steps_in_flight=sizes.in_flight,
             clock=made.clock,
         )
