@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
-VERSION = 1
+VERSION = 2
 HELLO_MAGIC = 0x45504400 << 32  # "EPD": upper half of a HELLO's id; the lower half is the version
 HEADER = Struct("<BBHIQ")
 HEADER_BYTES = HEADER.size

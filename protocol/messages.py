@@ -98,7 +98,6 @@ class EmbeddingRef(Part, frozen=True):
     generation: int
     layout: int
     lease_id: int
-    lease_s: float
     mm_hash: str
     num_tokens: int
     block_ids: tuple[int, ...]
@@ -112,7 +111,6 @@ class KVRef(Part, frozen=True):
     generation: int
     layout: int
     lease_id: int
-    lease_s: float
     request_id: RequestId
     epoch: int
     first_block: int  # place of block_ids[0] in the request's block table
@@ -159,13 +157,6 @@ class Encoded(Message, frozen=True, tag=2):
     ref: EmbeddingRef
     cached: bool
     spans: tuple[Span, ...] = ()
-
-
-class RenewLease(Message, frozen=True, tag=3):
-    """Tell the owner of a pool that a handle is still wanted."""
-
-    lease_id: int
-    lease_s: float
 
 
 class ReleaseLease(Message, frozen=True, tag=4):
@@ -429,7 +420,7 @@ class Leave(Message, frozen=True, tag=54):
 
 
 AnyMessage = (
-    Encode | Encoded | RenewLease | ReleaseLease
+    Encode | Encoded | ReleaseLease
     | Prefill | EmbeddingReady | EmbeddingTaken | Prefilled
     | PullKV | KVChunk | Handoff | DescribePool | PoolDescribed | FetchBlocks | BlocksFetched
     | Decode | TokenStep | Finished | Preempted

@@ -146,10 +146,6 @@ class BlockPool:
         self.take(block_ids)
         return self._leases.add(block_ids, expires_at)
 
-    def renew(self, lease_id: int, expires_at: float) -> bool:
-        """Move a lease's expiry later, never earlier. False when the lease has ended."""
-        return self._leases.renew(lease_id, expires_at)
-
     def release(self, lease_id: int) -> bool:
         """End a lease. False, and no error, when it had ended already."""
         block_ids = self._leases.pop(lease_id)

@@ -154,10 +154,6 @@ class EncoderCache:
         self._num_leases[mm_hash] = self._num_leases.get(mm_hash, 0) + 1
         return lease_id
 
-    def renew(self, lease_id: int, expires_at: float) -> bool:
-        """Move a lease's expiry later, never earlier. False when the lease has ended."""
-        return self._pool.renew(lease_id, expires_at)
-
     def release(self, lease_id: int) -> bool:
         """End a lease. False, and no error, when it had ended already."""
         if not self._pool.release(lease_id):

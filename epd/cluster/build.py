@@ -83,7 +83,7 @@ class StageParts:
             batcher=EncodeBatcher(max_patches=engine.max_patches, max_images=MAX_IMAGES_PER_STEP),
             cache=cache,
             memory=self.embedding_memory,
-            sender=Sender(system.endpoint.worker, "embedding", self.embedding_memory, cache, reads, clock),
+            sender=Sender(system.endpoint.worker, "embedding", self.embedding_memory, cache, reads),
             runner=self.vision_runner,
             stream=self.streams["encode"],
             preprocess_stream=self.stack.backend.open_stream("preprocess"),
@@ -124,7 +124,7 @@ class StageParts:
             scheduler=scheduler,
             blocks=blocks,
             memory=self.kv_memory,
-            sender=Sender(system.endpoint.worker, "kv", self.kv_memory, blocks, reads, clock),
+            sender=Sender(system.endpoint.worker, "kv", self.kv_memory, blocks, reads),
             receiver=receiver,
             fetcher=EmbeddingFetcher(
                 system,

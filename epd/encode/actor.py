@@ -195,7 +195,6 @@ class EncodeActor(StageActor):
             generation=pool.generation,
             layout=pool.layout,
             lease_id=lease_id,
-            lease_s=self._lease_s,
             mm_hash=embedding.mm_hash,
             num_tokens=embedding.num_tokens,
             block_ids=embedding.block_ids,

@@ -42,6 +42,8 @@ class EmbeddingFetcher:
         """
         if ref.layout != self._layout:
             raise StaleHandle(f"{ref.worker} encodes for another model")
+        if ref.mm_hash != item.mm_hash:
+            raise StaleHandle(f"{ref.worker} has the embedding of {ref.mm_hash}, not of {item.mm_hash}")
         if ref.num_tokens != item.num_tokens or len(ref.block_ids) * self._block_rows < ref.num_tokens:
             raise StaleHandle(f"{ref.worker} has {ref.num_tokens} rows for an image of {item.num_tokens} tokens")
         try:

@@ -106,7 +106,6 @@ class HandOver:
             generation=self._sender.pool.generation,
             layout=self._sender.pool.layout,
             lease_id=lease_id,
-            lease_s=0.0,
             request_id=self._request.request_id,
             epoch=self._request.epoch,
             first_block=finished.first_block,

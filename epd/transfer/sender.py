@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from epd.clock import Clock
 from epd.errors import EpdError, InternalError, StaleHandle
 from epd.microkernel.actor import Actor, Mail, Reply
 from epd.stream import on_stream
@@ -22,7 +21,6 @@ from protocol.messages import (
     PoolDescribed,
     PoolRef,
     ReleaseLease,
-    RenewLease,
     WorkerId,
 )
 
@@ -32,15 +30,13 @@ class LeaseHolder(Protocol):
 
     def owns(self, lease_id: int, block_ids: Sequence[int]) -> bool: ...
 
-    def renew(self, lease_id: int, expires_at: float) -> bool: ...
-
     def release(self, lease_id: int) -> bool: ...
 
 
 class Sender:
     """Serves one pool of one stage actor."""
 
-    def __init__(self, worker: WorkerId, kind: str, memory: Pool, blocks: LeaseHolder, stream: Stream, clock: Clock) -> None:
+    def __init__(self, worker: WorkerId, kind: str, memory: Pool, blocks: LeaseHolder, stream: Stream) -> None:
         """`stream` reads the blocks of a pool that is not in host memory."""
         export = memory.export()
         self.pool = PoolRef(
@@ -56,7 +52,6 @@ class Sender:
         self._memory = memory
         self._blocks = blocks
         self._stream = stream
-        self._clock = clock
 
     def handle(self, mail: Mail, actor: Actor) -> bool:
         """Answer a message that is about the pool, as `actor`. False: it is not, somebody else must."""
@@ -69,8 +64,6 @@ class Sender:
                     mail.reply.send(BlocksFetched(len(fetch.block_ids)), self._memory.read(fetch.block_ids))
                 else:
                     actor.spawn(self._stage(fetch, mail.reply), name="read blocks")
-            case RenewLease(lease_id=lease_id, lease_s=lease_s):
-                self._blocks.renew(lease_id, self._clock() + lease_s)
             case ReleaseLease(lease_id=lease_id):
                 self._blocks.release(lease_id)
             case _:

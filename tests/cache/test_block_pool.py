@@ -159,35 +159,32 @@ def test_a_lease_outlives_its_giver_until_released() -> None:
     assert pool.is_idle()
 
 
-def test_leases_expire_when_their_time_has_come_and_renewing_moves_it_later_only() -> None:
+def test_leases_expire_when_their_time_has_come() -> None:
     pool = BlockPool(3)
     table = pool.allocate(3)
     assert table is not None
-    short, renewed, long = (pool.lease([block_id], at) for block_id, at in zip(table, (5.0, 5.0, 9.0), strict=True))
+    long, short, released = (pool.lease([block_id], at) for block_id, at in zip(table, (9.0, 5.0, 5.0), strict=True))
     pool.free(table)
-    assert pool.renew(renewed, 8.0)
-    assert pool.renew(long, 1.0)
+    assert pool.release(released)
     assert pool.expire(4.9) == []
     assert pool.expire(5.0) == [short]
-    assert pool.expire(7.9) == []
-    assert pool.expire(8.0) == [renewed]
     assert pool.num_free == 2
-    assert not pool.renew(short, 99.0)
     assert not pool.release(short)
+    assert pool.expire(8.9) == []
     assert pool.expire(100.0) == [long]
     assert pool.is_idle()
 
 
-def test_many_renewals_do_not_pile_up() -> None:
+def test_leases_that_were_released_early_do_not_pile_up() -> None:
     pool = BlockPool(1)
     table = pool.allocate(1)
     assert table is not None
-    lease_id = pool.lease(table, 0.0)
+    lasting = pool.lease(table, 7_000.5)
     for now in range(10_000):
-        assert pool.renew(lease_id, now + 1.0)
+        assert pool.release(pool.lease(table, now + 600.0))
     assert len(pool._leases._due) < 200
-    assert pool.expire(9_999.0) == []
-    assert pool.expire(10_000.0) == [lease_id]
+    assert pool.expire(7_000.0) == []
+    assert pool.expire(20_000.0) == [lasting]
 
 
 def test_a_lease_owns_its_own_blocks_only() -> None:
@@ -357,14 +354,6 @@ class PoolMachine(RuleBasedStateMachine):
         lease_id = self.pool.lease(table, self.now + lasts)
         assert lease_id not in self.leases
         self.leases[lease_id] = (list(table), self.now + lasts)
-
-    @precondition(lambda self: self.leases)
-    @rule(data=st.data(), lasts=st.integers(0, 5))
-    def renew(self, data: st.DataObject, lasts: int) -> None:
-        lease_id = data.draw(st.sampled_from(sorted(self.leases)))
-        table, expires_at = self.leases[lease_id]
-        assert self.pool.renew(lease_id, self.now + lasts)
-        self.leases[lease_id] = (table, max(expires_at, self.now + lasts))
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())

@@ -147,7 +147,7 @@ def nonsense() -> list[Nonsense]:
     elsewhere: list[tuple[str, Message]] = [
         ("prefill", PullKV(REQUEST, 1, 123, 1.0)),
         ("prefill", FetchBlocks("kv", 1, 1, (-1, 10**9))),
-        ("prefill", EmbeddingReady(REQUEST, 1, 0, EmbeddingRef(WorkerId("nowhere"), 1, 1, 1, 1.0, "h", 4, (0,), (0,)), NOWHERE)),
+        ("prefill", EmbeddingReady(REQUEST, 1, 0, EmbeddingRef(WorkerId("nowhere"), 1, 1, 1, "h", 4, (0,), (0,)), NOWHERE)),
         ("encode", FetchBlocks("embedding", 1, 1, ())),
         ("encode", Encode(REQUEST, 1, image(), 2.0)),
         ("encode", Encode(REQUEST, 1, image(num_tokens=-1), 2.0)),

@@ -22,7 +22,7 @@ from epd.errors import (
 )
 from epd.microkernel.actor import Actor, Mail
 from epd.microkernel.system import System
-from protocol.messages import Address, Message, ReleaseLease, RenewLease, WorkerId
+from protocol.messages import Address, Drain, Message, ReleaseLease, WorkerId
 from tests.support.systems import WAIT_S, Echo, Gate, Recorder, at, idle, running, until
 
 MIB = 1 << 20
@@ -42,7 +42,7 @@ async def fill(asker: System, to: Address) -> None:
     """Tell until there is no room."""
     try:
         while True:
-            await asker.tell(to, RenewLease(0, 0.0), timeout_s=0.05)
+            await asker.tell(to, Drain(), timeout_s=0.05)
     except Overloaded:
         pass
 
@@ -73,7 +73,7 @@ class Counting(Actor):
         mail.reply.on_cancel(self.was_cancelled.set)
         try:
             for index in range(count):
-                await mail.reply.item(RenewLease(index, 0.0), [bytes([index % 256]) * self.size])
+                await mail.reply.item(ReleaseLease(index), [bytes([index % 256]) * self.size])
                 self.num_sent += 1
         except Cancelled:
             return
@@ -283,7 +283,7 @@ async def test_a_stream_brings_all_items_in_order(place: str, size: int) -> None
     async with asker_and_host(place) as (asker, host):
         to = await host.register("counting", Counting(size))
         items = [item async for item in asker.stream(to, ReleaseLease(40), timeout_s=WAIT_S, window=4)]
-        assert [item.message for item in items] == [RenewLease(i, 0.0) for i in range(40)]
+        assert [item.message for item in items] == [ReleaseLease(i) for i in range(40)]
         assert [bytes(item.buffers[0]) for item in items] == [bytes([i]) * size for i in range(40)]
 
 

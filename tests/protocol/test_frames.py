@@ -22,7 +22,7 @@ from protocol.frames import (
     measure,
 )
 from protocol.handshake import Side
-from protocol.messages import Failed, ReleaseLease, RenewLease
+from protocol.messages import Failed, ReleaseLease
 from protocol.writer import FrameWriter
 from tests.support.wire import Pair, connection, feed, taken
 
@@ -91,7 +91,7 @@ def test_golden_answer_stream_item_end_credit_cancel() -> None:
 def test_golden_hello_and_proof() -> None:
     pair = Pair()
     hello = taken(pair.dialer)
-    assert hexed(hello[:16]) == "01 00 00 00 53 00 00 00 01 00 00 00 00 44 50 45"  # id: "EPD" and version 1
+    assert hexed(hello[:16]) == "01 00 00 00 53 00 00 00 02 00 00 00 00 44 50 45"  # id: "EPD" and version 2
     assert hexed(hello[16:]) == (
         "93 a6 64 69 61 6c 65 72 "  # "dialer"
         "94 a1 61 01 91 a6 64 65 63 6f 64 65 "  # worker "a", instance 1, roles ["decode"]
@@ -264,7 +264,7 @@ def test_too_much_is_refused_before_any_of_it_is_sent() -> None:
         codec.encode({"lease_id": 4}),
         b"\x91" * 100_000,
         b"\x92\xa1\xff\x01",  # not UTF-8
-        codec.encode(RenewLease(2**63, 1.0)) + b"trailing",
+        codec.encode(ReleaseLease(2**63)) + b"trailing",
     ],
 )
 def test_a_body_that_is_no_message_is_the_one_error(body: bytes) -> None:

@@ -12,7 +12,7 @@ from protocol.connection import Connection, State
 from protocol.events import Answered, Closed, Delivered, ItemArrived, PeerProved, StreamEnded
 from protocol.frames import HEADER, Kind, Limits
 from protocol.handshake import Side
-from protocol.messages import Message, ReleaseLease, RenewLease
+from protocol.messages import Abort, Message, ReleaseLease
 from tests.support.wire import Pair, connection, feed, taken
 
 quickly = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -112,7 +112,7 @@ def test_memory_stays_within_the_limits(parts: list[bytes], sizes: list[int]) ->
     assert peak < SMALL.max_transit_bytes + 10 * len(data) + 100_000
 
 
-messages = st.builds(ReleaseLease, st.integers(0, 2**62)) | st.builds(RenewLease, st.integers(0, 9), st.floats(0, 9))
+messages = st.builds(ReleaseLease, st.integers(0, 2**62)) | st.builds(Abort, st.text(max_size=9), st.integers(0, 9))
 payloads = st.lists(st.integers(0, 3000) | st.sampled_from([0, 1, 255, 256, 257, 511, 512, 513]), max_size=4)
 acts = st.lists(st.tuples(st.sampled_from(["tell", "ask", "stream"]), messages, payloads), min_size=1, max_size=8)
 

@@ -84,11 +84,11 @@ def test_a_proof_cannot_be_reflected_or_replayed() -> None:
 
 def test_another_version_is_refused_before_its_hello_is_read() -> None:
     listener = connection(Side.LISTENER, "b")
-    body = b"whatever version 2 says"
-    (event,) = feed(listener, HEADER.pack(Kind.HELLO, 0, 0, len(body), hello_id(2)) + body)
+    body = b"whatever version 3 says"
+    (event,) = feed(listener, HEADER.pack(Kind.HELLO, 0, 0, len(body), hello_id(3)) + body)
     assert isinstance(event, Closed)
     assert event.code == "wrong_version"
-    assert "version 1, the other 2" in event.reason
+    assert "version 2, the other 3" in event.reason
 
 
 def test_a_worker_does_not_link_to_itself_nor_to_its_double() -> None:

@@ -246,7 +246,7 @@ async def add_prefill(
         scheduler=scheduler,
         blocks=blocks,
         memory=memory,
-        sender=Sender(system.endpoint.worker, "kv", memory, blocks, backend.open_stream("reads"), clock),
+        sender=Sender(system.endpoint.worker, "kv", memory, blocks, backend.open_stream("reads")),
         receiver=receiver,
         fetcher=EmbeddingFetcher(
             system,
@@ -323,7 +323,7 @@ async def add_encode(
         batcher=EncodeBatcher(max_patches=max_patches, max_images=8),
         cache=cache,
         memory=memory,
-        sender=Sender(system.endpoint.worker, "embedding", memory, cache, backend.open_stream("reads"), clock),
+        sender=Sender(system.endpoint.worker, "embedding", memory, cache, backend.open_stream("reads")),
         runner=runner,
         stream=backend.open_stream("encode"),
         preprocess_stream=backend.open_stream("preprocess"),

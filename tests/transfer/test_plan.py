@@ -36,7 +36,6 @@ def _ref(**changes: object) -> KVRef:
         "generation": 1,
         "layout": 2,
         "lease_id": 3,
-        "lease_s": 1.0,
         "request_id": RequestId("r"),
         "epoch": 1,
         "first_block": 0,
@@ -67,7 +66,7 @@ def test_a_handle_that_does_not_fit_is_refused(changes: dict[str, object], reaso
 
 def test_kind_of() -> None:
     assert kind_of(_ref()) == "kv"
-    assert kind_of(EmbeddingRef(WorkerId("w"), 1, 2, 3, 1.0, "h", 1, (0,), (1,))) == "embedding"
+    assert kind_of(EmbeddingRef(WorkerId("w"), 1, 2, 3, "h", 1, (0,), (1,))) == "embedding"
 
 
 @given(st.integers(0, 50), st.integers(1, 40), st.integers(1, 100))

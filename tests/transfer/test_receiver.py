@@ -54,7 +54,6 @@ class _Pair:
             generation=self.source.generation,
             layout=self.source.layout,
             lease_id=self.blocks.lease(ids, self.clock() + 10),
-            lease_s=10,
             request_id=RequestId("r"),
             epoch=1,
             first_block=0,
@@ -78,7 +77,7 @@ async def _pair(allowed: str) -> AsyncIterator[_Pair]:
             source.blocks[:] = np.random.default_rng(0).integers(0, 256, source.blocks.shape, dtype=np.uint8)
             blocks = BlockPool(NUM_BLOCKS)
             stream = backend.open_stream("in")
-            await systems[0].register("prefill", _Owner(Sender(systems[0].worker, "kv", source, blocks, stream, clock)))
+            await systems[0].register("prefill", _Owner(Sender(systems[0].worker, "kv", source, blocks, stream)))
             receiver = Receiver(systems[1], backend, stream, allowed=allowed, local_pools=[target], clock=monotonic)
             yield _Pair(systems, source, blocks, target, receiver, clock)
             receiver.close()
@@ -159,7 +158,7 @@ async def test_a_new_generation_is_mapped_anew() -> None:
         fresh = backend.allocate_pool(PoolSpec(NUM_BLOCKS, BLOCK_BYTES, "kv", 5))
         fresh.blocks[:] = 77
         blocks = BlockPool(NUM_BLOCKS)
-        await pair.systems[0].register("prefill", _Owner(Sender(pair.systems[0].worker, "kv", fresh, blocks, stream, pair.clock)))
+        await pair.systems[0].register("prefill", _Owner(Sender(pair.systems[0].worker, "kv", fresh, blocks, stream)))
         stale = pair.ref(1)
         pair.source, pair.blocks = fresh, blocks
         await pair.pull(pair.ref(1), [5])
