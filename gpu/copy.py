@@ -54,16 +54,6 @@ def checksum_blocks(src: Bytes, src_ids: Ids) -> list[int]:
     return [int(each) for each in sums]
 
 
-def gather_blocks(pool: Bytes, block_ids: Ids, out: Bytes) -> None:
-    """out[i] = pool[block_ids[i]], as copy_plain. For a transfer that needs one run of bytes."""
-    copy_plain(pool, block_ids, out, np.arange(len(out)))
-
-
-def scatter_blocks(blocks: Bytes, pool: Bytes, block_ids: Ids) -> None:
-    """pool[block_ids[i]] = blocks[i], as copy_plain. Where an id comes twice the later row stays."""
-    copy_plain(blocks, np.arange(len(blocks)), pool, block_ids)
-
-
 def _check_copy(src: Bytes, src_ids: Ids, dst: Bytes, dst_ids: Ids) -> None:
     _check_rows(src, src_ids)
     _check_rows(dst, dst_ids)

@@ -51,17 +51,10 @@ class SharedMemory:
             os.close(self.fd)
             raise
         self._stop_touching = threading.Event()
-        self._toucher: threading.Thread | None = None
         _touch(self.bytes[:_EAGER_BYTES])
         if size > _EAGER_BYTES:
             arguments = (self.bytes[_EAGER_BYTES:], self._stop_touching)
-            self._toucher = threading.Thread(target=_touch_all, args=arguments, name=f"touch-{name}", daemon=True)
-            self._toucher.start()
-
-    def wait_touched(self) -> None:
-        """Return when every page is there. For benchmarks."""
-        if self._toucher is not None:
-            self._toucher.join()
+            threading.Thread(target=_touch_all, args=arguments, name=f"touch-{name}", daemon=True).start()
 
     def close(self) -> None:
         """Give up the descriptor. The pages go when the last array over them has gone, here and in other processes."""

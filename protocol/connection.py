@@ -292,8 +292,8 @@ class Connection:
     def _on_ping(self, frame: Frame) -> None:
         self._send(_PONG, frame.id, b"")
 
-    def _on_pong(self, frame: Frame) -> Event | None:
-        return events.PongArrived() if frame.id == self._beats else None
+    def _on_pong(self, frame: Frame) -> None:
+        """That anything has arrived is all that there is to know of it."""
 
     def _on_tell(self, frame: Frame) -> Event:
         self._check_new_id(frame)

@@ -77,10 +77,6 @@ class ItemRoom(msgspec.Struct, frozen=True, gc=False):
     id: int
 
 
-class PongArrived(msgspec.Struct, frozen=True, gc=False):
-    """The other end answered the last heartbeat."""
-
-
 class Closed(msgspec.Struct, frozen=True):
     """The connection is over: close the socket once data_to_send() is empty. `by_peer`: the other end said so."""
 
@@ -90,15 +86,5 @@ class Closed(msgspec.Struct, frozen=True):
 
 
 Event: TypeAlias = (
-    PeerProved
-    | Opened
-    | Delivered
-    | Answered
-    | ItemArrived
-    | StreamEnded
-    | Cancelled
-    | TellRoom
-    | ItemRoom
-    | PongArrived
-    | Closed
+    PeerProved | Opened | Delivered | Answered | ItemArrived | StreamEnded | Cancelled | TellRoom | ItemRoom | Closed
 )

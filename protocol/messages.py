@@ -155,7 +155,6 @@ class Encode(Message, frozen=True, tag=1):
 class Encoded(Message, frozen=True, tag=2):
     request_id: RequestId
     ref: EmbeddingRef
-    cached: bool
     spans: tuple[Span, ...] = ()
 
 
@@ -200,8 +199,6 @@ class EmbeddingReady(Message, frozen=True, tag=11):
 
 class EmbeddingTaken(Message, frozen=True, tag=13):
     """The prefill worker has its own copy, or did not need one because its prefix cache covers the image."""
-
-    fetched: bool
 
 
 class Prefilled(Message, frozen=True, tag=12):
@@ -396,7 +393,7 @@ class Join(Message, frozen=True, tag=50):
 
 
 class Joined(Message, frozen=True, tag=51):
-    directory: Endpoint
+    """The worker is a member, until it leaves or its link is lost."""
 
 
 class ReportLoad(Message, frozen=True, tag=52):

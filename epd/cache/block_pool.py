@@ -132,13 +132,6 @@ class BlockPool:
             num_evictable += self._refs[block_id] == 0
         return CachedPrefix(num_blocks, num_evictable)
 
-    def drop_cached(self) -> int:
-        """Forget all published content that nobody holds; returns how many blocks that was."""
-        num_dropped = len(self._evictable)
-        while self._evictable:
-            self._free.append(self._evict())
-        return num_dropped
-
     # --- leases -----------------------------------------------------------------------------------------------------
 
     def lease(self, block_ids: Sequence[int], expires_at: float) -> int:

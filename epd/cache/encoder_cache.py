@@ -60,10 +60,6 @@ class EncoderCache:
     def num_leases(self) -> int:
         return len(self._leases)
 
-    @property
-    def num_pending(self) -> int:
-        return len(self._pending)
-
     def num_blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_rows)
 
@@ -79,9 +75,6 @@ class EncoderCache:
         if mm_hash in self._unleased:
             self._unleased.move_to_end(mm_hash)
         return embedding
-
-    def is_pending(self, mm_hash: str) -> bool:
-        return mm_hash in self._pending
 
     def reserve(self, mm_hash: str, num_tokens: int) -> tuple[int, ...] | None:
         """Blocks for an image that is to be encoded now, evicting as little as it takes. None while leases leave too little room.
@@ -131,13 +124,6 @@ class EncoderCache:
             raise InternalError(f"image {mm_hash} is not being encoded")
         _, block_ids = self._pending.pop(mm_hash)
         self._pool.free(block_ids)
-
-    def drop_unleased(self) -> int:
-        """Forget all ready embeddings that nobody leases; returns how many there were."""
-        dropped = list(self._unleased)
-        for mm_hash in dropped:
-            self._evict(mm_hash)
-        return len(dropped)
 
     # --- leases -----------------------------------------------------------------------------------------------------
 

@@ -137,9 +137,6 @@ class DecodeScheduler:
             reserved.append(Reservation(request, len(table), tuple(pulled)))
         return tuple(reserved)
 
-    def get(self, request_id: RequestId) -> DecodeRequest | None:
-        return self._requests.get(request_id)
-
     def handoff(self, request_id: RequestId, num_tokens: int, token: Token) -> bool:
         """All KV of a receiving request is in its blocks, and `token` is the first to feed. False when `token` ends the output.
 
@@ -163,10 +160,6 @@ class DecodeScheduler:
             return False
         self._leave(request)
         return True
-
-    def expired(self, now: float) -> tuple[RequestId, ...]:
-        """Requests whose deadline has passed, for the caller to abort."""
-        return tuple(request.request_id for request in self._requests.values() if request.deadline <= now)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 

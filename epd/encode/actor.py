@@ -99,7 +99,7 @@ class EncodeActor(StageActor):
         embedding = self._cache.get(item.mm_hash)
         if embedding is not None:
             self._watch(mail.sender)
-            mail.reply.send(self._encoded(message.request_id, message.epoch, mail.sender, embedding, (), cached=True))
+            mail.reply.send(self._encoded(message.request_id, message.epoch, mail.sender, embedding, ()))
             return
         if len(mail.buffers) != 1:
             raise InternalError(f"an image came in {len(mail.buffers)} buffers")
@@ -171,20 +171,11 @@ class EncodeActor(StageActor):
                     Span("encode", started - asked.at, now - asked.at),
                 )
                 if not asked.reply.cancelled:
-                    told = self._encoded(
-                        waiter.request_id, waiter.epoch, asked.asker, embedding, self.counted(spans), cached=False
-                    )
+                    told = self._encoded(waiter.request_id, waiter.epoch, asked.asker, embedding, self.counted(spans))
                     asked.reply.send(told)
 
     def _encoded(
-        self,
-        request_id: RequestId,
-        epoch: int,
-        asker: WorkerId,
-        embedding: Embedding,
-        spans: tuple[Span, ...],
-        *,
-        cached: bool,
+        self, request_id: RequestId, epoch: int, asker: WorkerId, embedding: Embedding, spans: tuple[Span, ...]
     ) -> Encoded:
         """Every handle has a lease of its own: whoever gets it may fetch until it is released or expires."""
         pool = self._sender.pool
@@ -200,7 +191,7 @@ class EncodeActor(StageActor):
             block_ids=embedding.block_ids,
             checksums=embedding.checksums,
         )
-        return Encoded(request_id, ref, cached, spans)
+        return Encoded(request_id, ref, spans)
 
     def _fail(self, waiters: Sequence[Waiter], error: Exception) -> None:
         answer = error if isinstance(error, EpdError) else InternalError(f"encoding failed: {error}")

@@ -32,8 +32,6 @@ class Admission:
     def __init__(self, *, max_requests: int, max_prompt_tokens: int) -> None:
         if min(max_requests, max_prompt_tokens) < 1:
             raise BadConfig("admission limits must be at least 1")
-        self.num_admitted = 0
-        self.num_refused = 0
         self._max_requests = max_requests
         self._max_prompt_tokens = max_prompt_tokens
         self._tickets: dict[RequestId, _Ticket] = {}
@@ -64,12 +62,10 @@ class Admission:
         if request_id in self._tickets:
             raise InternalError(f"request {request_id} is in already")
         if self._tickets and self._is_full(num_choices, num_prompt_tokens):
-            self.num_refused += 1
             raise self._refusal(num_choices, num_prompt_tokens, now)
         if not self._tickets:
             self._busy_since = now
             self._finished_at.clear()
-        self.num_admitted += 1
         self._tickets[request_id] = _Ticket(num_choices, num_prompt_tokens)
         self._num_running += num_choices
         self._num_prompt_tokens += num_prompt_tokens

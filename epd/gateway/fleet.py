@@ -111,7 +111,7 @@ class Fleet(Actor):
         match mail.message:
             case Join() as join:
                 self._admit(join)
-                mail.reply.send(Joined(self.system.endpoint))
+                mail.reply.send(Joined())
             case ReportLoad() as report:
                 if not self._update(report):
                     self.spawn(self._send_away(mail.sender, report.worker), name="not a member")

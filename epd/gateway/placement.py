@@ -238,9 +238,6 @@ class Placement:
         """Pieces of work that it has of this gateway, whether it has told of them yet or not."""
         return len(self._members[worker].stages[role].given)
 
-    def num_outstanding(self, role: str) -> int:
-        return sum(len(member.stages[role].given) for member in self._members.values() if role in member.stages)
-
     def check_integrity(self) -> None:
         """Raises:
         InternalError: naming what is wrong.

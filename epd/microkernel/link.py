@@ -10,7 +10,6 @@ import asyncio
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar, assert_never, cast
 
 from epd.errors import BodyTooLarge, CorruptTransfer, EpdError, Overloaded, PeerLost, Refused, from_wire
@@ -51,17 +50,6 @@ class LinkHost(Protocol):
     def deliver(self, mail: Mail, actor: str) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class LinkStats:
-    """`transport`: "unix" or "tcp". `rtt_s`: of the last heartbeat, 0 before the first."""
-
-    peer: WorkerId
-    transport: str
-    sent_bytes: int
-    received_bytes: int
-    rtt_s: float
-
-
 class Link(asyncio.BufferedProtocol):
     """Made by `Peers` for either end; usable between `link_opened` and `link_lost`."""
 
@@ -89,7 +77,6 @@ class Link(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._heartbeat_s = heartbeat_s
         self._timer: asyncio.TimerHandle | None = None
-        self._pinged_at = 0.0
         self._is_lost = False
         self.is_open = False
         self.is_paused = True  # until there is a socket
@@ -102,9 +89,6 @@ class Link(asyncio.BufferedProtocol):
         self._way = RemoteWay(self._connection, self._replies, self._send_soon)
         self._tells = Turns(self._connection.tell_room)
         self._drain_waiters: list[asyncio.Future[None]] = []
-        self._rtt_s = 0.0
-        self._sent_bytes = 0
-        self._received_bytes = 0
 
     # --- asking -----------------------------------------------------------------------------------------------------
 
@@ -188,7 +172,6 @@ class Link(asyncio.BufferedProtocol):
         self.resume_writing()
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._received_bytes += nbytes
         for event in self._connection.buffer_updated(nbytes):
             if self._is_lost:
                 break
@@ -220,9 +203,6 @@ class Link(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
         self._lose(PeerLost(f"the link to {self.peer!r} was aborted"), "aborted")
-
-    def stats(self) -> LinkStats:
-        return LinkStats(self.peer, self.medium, self._sent_bytes, self._received_bytes, self._rtt_s)
 
     @property
     def num_unfinished(self) -> int:
@@ -259,8 +239,6 @@ class Link(asyncio.BufferedProtocol):
             case events.ItemRoom():
                 if (reply := self._replies.get(event.id)) is not None:
                     reply.room_opened()
-            case events.PongArrived():
-                self._rtt_s = self._loop.time() - self._pinged_at
             case events.PeerProved():
                 self.peer = event.peer.worker
                 refusal = self._host.link_proved(self, event.peer)
@@ -319,7 +297,6 @@ class Link(asyncio.BufferedProtocol):
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(self._heartbeat_s, self._tick)
-        self._pinged_at = self._loop.time()
         for event in self._connection.tick():
             self._handle(event)
         self._send_soon()
@@ -351,15 +328,11 @@ class Link(asyncio.BufferedProtocol):
             return
         for left in reversed(range(_CHUNKS_PER_TURN)):
             if len(pieces) == 1:
-                self._sent_bytes += len(pieces[0])
                 transport.write(pieces[0])
+            elif sum(map(len, pieces)) <= _JOIN_BYTES:
+                transport.write(b"".join(pieces))
             else:
-                num_bytes = sum(map(len, pieces))
-                self._sent_bytes += num_bytes
-                if num_bytes <= _JOIN_BYTES:
-                    transport.write(b"".join(pieces))
-                else:
-                    transport.writelines(pieces)
+                transport.writelines(pieces)
             if not left or self.is_paused or not self._connection.has_bulk:
                 break
             pieces = self._data_to_send()

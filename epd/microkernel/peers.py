@@ -17,7 +17,7 @@ from epd.errors import DeadlineExceeded, EpdError, PeerLost, Refused
 from epd.log import Log
 from epd.microkernel import sockets
 from epd.microkernel.actor import Mail
-from epd.microkernel.link import HEARTBEAT_S, Link, LinkStats
+from epd.microkernel.link import HEARTBEAT_S, Link
 from epd.microkernel.tasks import TaskOwner
 from protocol.handshake import Identity, Side
 from protocol.messages import Endpoint, WorkerId
@@ -113,16 +113,9 @@ class Peers:
         if endpoint.worker != self._identity.worker:
             self._peers.setdefault(endpoint.worker, _Peer()).endpoint = endpoint
 
-    def endpoint_of(self, worker: WorkerId) -> Endpoint | None:
-        peer = self._peers.get(worker)
-        return None if peer is None else peer.endpoint
-
     def incoming(self, medium: str) -> Link:
         """The protocol of an accepted socket."""
         return self._make_link(Side.LISTENER, medium, expected=None)
-
-    def stats(self) -> list[LinkStats]:
-        return [peer.link.stats() for peer in self._peers.values() if peer.link is not None]
 
     @property
     def num_unfinished(self) -> int:

@@ -18,7 +18,7 @@ from epd.microkernel.actor import Actor, Answer, Buffer, Mail, Reply
 from epd.microkernel.cell import Cell
 from epd.microkernel.deadlines import Deadlines
 from epd.microkernel.itemstream import ItemStream, Source
-from epd.microkernel.link import HEARTBEAT_S, Link, LinkStats
+from epd.microkernel.link import HEARTBEAT_S, Link
 from epd.microkernel.local import TOLD, LocalAsk, LocalStream, by_reference, copy_into, mismatch
 from epd.microkernel.peers import Peers
 from protocol.handshake import Identity
@@ -167,9 +167,6 @@ class System:
                 del self._watchers[worker]
 
         return unwatch
-
-    def links(self) -> list[LinkStats]:
-        return [] if self._peers is None else self._peers.stats()
 
     # --- tell, ask, stream ------------------------------------------------------------------------------------------
 

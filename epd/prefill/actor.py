@@ -149,7 +149,7 @@ class PrefillActor(StageActor):
             entry.rows[message.item_index] = rows
         entry.note_embedding(self.clock())
         self._scheduler.embedding_ready(message.request_id, message.item_index)
-        reply.send(EmbeddingTaken(fetched=rows is not None))
+        reply.send(EmbeddingTaken())
         self.wake()
 
     def _attach(self, message: PullKV, mail: Mail) -> None:

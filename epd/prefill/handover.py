@@ -38,7 +38,6 @@ class HandOver:
         stream: Stream,
         is_local: bool,
     ) -> None:
-        self.epoch = request.epoch
         self._request = request
         self._reply = reply
         self._sender = sender

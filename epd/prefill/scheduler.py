@@ -93,11 +93,6 @@ class PrefillScheduler:
         return len(self._running)
 
     @property
-    def num_held(self) -> int:
-        """Requests that are done here and whose blocks nobody has released yet."""
-        return len(self._requests) - len(self._waiting) - len(self._running)
-
-    @property
     def outstanding_tokens(self) -> int:
         return sum(request.num_tokens - request.num_computed_tokens for request in self._unfinished())
 

@@ -8,7 +8,6 @@ import numpy.typing as npt
 Float = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.int64]
-Bytes = npt.NDArray[np.uint8]
 
 
 def store_kv(k: Float, v: Float, kv_pool: Float, layer: int, slots: Ids) -> None:
@@ -24,15 +23,6 @@ def gather_kv(kv_pool: Float, layer: int, block_table: Ints, num_tokens: int, k_
         block = block_table[token // block_size]
         k_out[:, token] = kv_pool[block, layer, 0, :, token % block_size]
         v_out[:, token] = kv_pool[block, layer, 1, :, token % block_size]
-
-
-def gather_blocks(pool: Bytes, block_ids: Ids, out: Bytes) -> None:
-    out[:] = pool[block_ids]
-
-
-def scatter_blocks(blocks: Bytes, pool: Bytes, block_ids: Ids) -> None:
-    for row, block in zip(blocks, block_ids, strict=True):
-        pool[block] = row
 
 
 def paged_attention(

@@ -44,9 +44,6 @@ def test_only_cached_content_that_gives_way_to_other_content_was_evicted() -> No
     assert pool.num_evictions == 0
     assert pool.allocate(1) == [1]
     assert pool.num_evictions == 1
-    pool.drop_cached()
-    assert pool.allocate(1) == [0]
-    assert pool.num_evictions == 1
 
 
 def test_asking_for_too_much_takes_nothing() -> None:
@@ -129,17 +126,6 @@ def test_the_first_block_with_a_content_is_the_one_that_is_found() -> None:
     assert pool.num_free == 1
     assert pool.lookup([1]) == first
     pool.check_integrity([first, first])
-
-
-def test_dropping_the_cache_leaves_what_is_held() -> None:
-    pool = BlockPool(3)
-    filled(pool, 1)
-    pool.free(filled(pool, 2, 3))
-    assert pool.drop_cached() == 2
-    assert pool.peek([1]).num_blocks == 1
-    assert pool.peek([2]).num_blocks == 0
-    assert pool.num_free == 2
-    pool.check_integrity()
 
 
 # --- leases -------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from epd.cluster.cpu_stack import CpuStack
 from epd.options import BUNDLED_MODEL
 from tests.e2e.mix import Case, Said, ask_at_once, ask_one_by_one, cases
 from tests.support.cluster import ALL_ROLES, APART, NodeCluster, ProcessCluster, node_cluster, process_cluster
+from tests.support.systems import media
 from tools.tiny_model.reference import Reference
 
 MAX_LOGPROB_ERROR = 2e-4
@@ -121,7 +122,7 @@ async def test_nodes_apart(undisturbed: Sequence[Said], rung: str, options: Sequ
         assert await rungs(cluster) == {("prefill", rung), ("decode", rung)}
         if rung == "socket":
             systems = [member.node.system for member in cluster.members if member.node.system is not None]
-            assert {link.transport for system in systems for link in system.links()} == {"tcp"}
+            assert {medium for system in systems for medium in media(system).values()} == {"tcp"}
 
 
 ONE_STEP_AHEAD = (

@@ -137,7 +137,7 @@ async def test_work_waits_for_a_worker_and_not_for_ever() -> None:
         placed.prefilled()
         placed.release()
         fleet.check_integrity()
-        assert fleet._placement.num_outstanding("prefill") == fleet._placement.num_outstanding("decode") == 0
+        assert [fleet._placement.num_given(worker.worker, role) for role in ("prefill", "decode")] == [0, 0]
 
 
 async def test_an_encoder_is_busy_while_it_is_used() -> None:
@@ -146,11 +146,11 @@ async def test_an_encoder_is_busy_while_it_is_used() -> None:
         placed = await fleet.place(REQUEST.token_ids, REQUEST, avoid=frozenset(), timeout_s=0)
         async with fleet.encoder(item(b"x", 0, 3), placed, avoid=frozenset(), timeout_s=1) as endpoint:
             assert endpoint == worker.endpoint
-            assert fleet._placement.num_outstanding("encode") == 1
+            assert fleet._placement.num_given(worker.worker, "encode") == 1
         with pytest.raises(EpdError):
             async with fleet.encoder(item(b"x", 0, 3), placed, avoid=frozenset(), timeout_s=1):
                 raise Unavailable("it failed")
-        assert fleet._placement.num_outstanding("encode") == 0
+        assert fleet._placement.num_given(worker.worker, "encode") == 0
 
 
 async def test_the_shortest_context_of_all_text_workers_counts() -> None:

@@ -18,7 +18,7 @@ from epd.timeline import Timeline
 from gpu.errors import DeviceFailed, OutOfMemory
 from gpu.pool import Scratch
 from protocol.messages import RequestId, TokenStep
-from tests.support.stages import expected_tokens, with_images
+from tests.support.stages import ROWS, expected_tokens, with_images
 from tests.support.systems import until
 from tests.support.world import World, together, world
 
@@ -192,7 +192,8 @@ async def test_an_evicted_embedding_is_encoded_again(monkeypatch: pytest.MonkeyP
                 lost.append(ref.mm_hash)
                 stage = made.encode[source.worker]
                 stage.cache.release(ref.lease_id)
-                stage.cache.drop_unleased()
+                assert stage.cache.reserve("another", stage.cache.num_free_blocks * ROWS) is not None
+                stage.cache.fail("another")
                 stage.memory.blocks[:] = 255  # somebody else's rows by now
             return await original(ref, source, item)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 
 import msgspec
 import pytest
@@ -313,10 +314,10 @@ def test_a_report_of_another_worker_says_nothing_of_this_one() -> None:
 def test_ended_work_does_not_count_and_ends_once() -> None:
     placement = a_placement(view("p1", "prefill"), view("p2", "prefill"))
     placed = placement.place_prefill((), 100)
-    assert placement.num_outstanding("prefill") == 1
+    assert placement.num_given(placed.worker, "prefill") == 1
     placement.end(placed)
     placement.end(placed)
-    assert placement.num_outstanding("prefill") == 0
+    assert placement.num_given(placed.worker, "prefill") == 0
     placement.check_integrity()
 
 
@@ -344,7 +345,7 @@ def test_a_worker_that_leaves_takes_its_caches_and_counts_with_it() -> None:
     again = placement.place_encode(an_image("a"))
     assert again.num_cached_tokens == 0
     placement.end(old)
-    assert placement.num_outstanding("encode") == 1
+    assert placement.num_given(WorkerId("e1"), "encode") == 1
     placement.check_integrity()
 
 
@@ -443,8 +444,9 @@ class PlacementMachine(RuleBasedStateMachine):
     def agree(self) -> None:
         if hasattr(self, "placement"):
             self.placement.check_integrity()
-            for role in ("encode", "prefill"):
-                assert self.placement.num_outstanding(role) == sum(placed.role == role for placed in self.outstanding)
+            given = Counter((placed.worker, placed.role) for placed in self.outstanding)
+            for worker, role in product(self.workers, ("encode", "prefill")):
+                assert self.placement.num_given(worker, role) == given[worker, role]
 
 
 TestPlacementMachine = PlacementMachine.TestCase

@@ -7,8 +7,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu.copy import checksum_blocks, copy_checked, copy_plain, gather_blocks, scatter_blocks
-from gpu.kernels import reference
+from gpu.copy import checksum_blocks, copy_checked, copy_plain
 
 Bytes = npt.NDArray[np.uint8]
 # Around every change of branch: the hash's short inputs, its stripes of 64, its blocks of 1,024, and streaming above 1 MiB.
@@ -124,17 +123,3 @@ def test_a_read_only_destination_is_refused_and_a_read_only_source_is_not() -> N
     with pytest.raises(ValueError, match="read-only"):
         copy_plain(src, ids(0), src, ids(1))
     assert checksum_blocks(src, ids(1)) == sums(src[1:]).tolist()
-
-
-@settings(max_examples=50, deadline=None)
-@given(chosen=st.lists(st.integers(0, 4), max_size=8), block_bytes=st.integers(1, 300))
-def test_gather_and_scatter_are_their_references(chosen: list[int], block_bytes: int) -> None:
-    pool, block_ids = blocks(5, block_bytes), ids(*chosen)
-    dense, expected = (np.zeros((len(chosen), block_bytes), np.uint8) for _ in range(2))
-    gather_blocks(pool, block_ids, dense)
-    reference.gather_blocks(pool, block_ids, expected)
-    np.testing.assert_array_equal(dense, expected)
-    other, changed = blocks(len(chosen), block_bytes, seed=1), pool.copy()
-    scatter_blocks(other, pool, block_ids)
-    reference.scatter_blocks(other, changed, block_ids)
-    np.testing.assert_array_equal(pool, changed)

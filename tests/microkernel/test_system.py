@@ -23,7 +23,7 @@ from epd.errors import (
 from epd.microkernel.actor import Actor, Mail
 from epd.microkernel.system import System
 from protocol.messages import Address, Drain, Message, ReleaseLease, WorkerId
-from tests.support.systems import WAIT_S, Echo, Gate, Recorder, at, idle, running, until
+from tests.support.systems import WAIT_S, Echo, Gate, Recorder, at, idle, media, running, until
 
 MIB = 1 << 20
 PLACES = ["local", "unix", "tcp"]
@@ -35,7 +35,7 @@ async def asker_and_host(place: str) -> AsyncIterator[tuple[System, System]]:
     names = ("a",) if place == "local" else ("a", "b")
     async with running(*names, unix=place == "unix") as systems:
         yield systems[0], systems[-1]
-        assert {stats.transport for stats in systems[0].links()} <= {place}
+        assert set(media(systems[0]).values()) <= {place}
 
 
 async def fill(asker: System, to: Address) -> None:

@@ -41,6 +41,11 @@ async def running(
     assert not left, f"tasks left behind: {left}"
 
 
+def media(system: System) -> dict[WorkerId, str]:
+    """The workers that it has a link to, and whether that is "unix" or "tcp"."""
+    return {worker: link.medium for worker, link in system._open_links.items()}
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Let the loop run until `condition` holds."""
     async with asyncio.timeout(WAIT_S):
