@@ -150,14 +150,6 @@ class CorruptTransfer(EpdError):
     retryable = True
 
 
-class OutOfBlocks(EpdError):
-    """A pool cannot ever hold what was asked of it."""
-
-    code = "out_of_blocks"
-    http_status = 503
-    retryable = True
-
-
 def _all_subclasses(cls: type[EpdError]) -> list[type[EpdError]]:
     return [cls, *(found for sub in cls.__subclasses__() for found in _all_subclasses(sub))]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from epd.cache.block_pool import BlockPool
-from epd.errors import InternalError, OutOfBlocks
+from epd.errors import InternalError
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +79,11 @@ class EncoderCache:
     def reserve(self, mm_hash: str, num_tokens: int) -> tuple[int, ...] | None:
         """Blocks for an image that is to be encoded now, evicting as little as it takes. None while leases leave too little room.
 
-        Raises:
-            OutOfBlocks: the pool is too small for this image even when empty.
+        Whoever takes images in refuses those that need more than `num_blocks`: no end of a lease would make room for them.
         """
         if mm_hash in self._pending or mm_hash in self._ready:
             raise InternalError(f"image {mm_hash} is in the encoder cache already")
         num_blocks = self.num_blocks_of(num_tokens)
-        if num_blocks > self.num_blocks:
-            raise OutOfBlocks(
-                f"an image of {num_tokens} tokens takes {num_blocks} blocks and the pool has {self.num_blocks}: enlarge it"
-            )
         if num_blocks > self.num_free_blocks:
             return None
         while self._pool.num_free < num_blocks:
