@@ -1,7 +1,8 @@
 """How bytes get from one worker to another: the decision, without the bytes.
 
-The ladder, best first: `local` (both ends in one process: the table moves, no byte does), `mapped` (one host: the receiver maps
-the sender's pool and copies out of it), `socket` (another host: the owner sends the blocks over the link).
+The ladder, best first: `local` (the pool is this process's own: of KV the block table moves and no byte does, embeddings are
+copied), `mapped` (one host: the receiver maps the sender's pool and copies out of it), `socket` (another host, or a pool that
+cannot be mapped: the owner sends the blocks over the link).
 """
 
 from __future__ import annotations
@@ -24,14 +25,10 @@ class Rung(StrEnum):
     SOCKET = "socket"
 
 
-def best_rung(own: Endpoint, source: Endpoint, *, allowed: str, cannot_map: bool) -> Rung:
-    """The best rung that both ends share. `allowed` is the operator's bound ("auto", "mapped", "socket")."""
-    if own.worker == source.worker:
-        return Rung.LOCAL
+def may_map(own: Endpoint, source: Endpoint, *, allowed: str) -> bool:
+    """Whether to try and map the source's pools. `allowed` is the operator's bound ("auto", "mapped", "socket")."""
     same_host = own.host_id != "" and own.host_id == source.host_id
-    if same_host and allowed in ("auto", "mapped") and not cannot_map:
-        return Rung.MAPPED
-    return Rung.SOCKET
+    return same_host and allowed in ("auto", "mapped")
 
 
 def kind_of(ref: Ref) -> str:

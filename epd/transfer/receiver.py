@@ -16,7 +16,7 @@ from epd.errors import CorruptTransfer, EpdError, InternalError, StaleHandle
 from epd.log import Log
 from epd.microkernel.system import System
 from epd.stream import on_stream
-from epd.transfer.plan import Ref, Rung, best_rung, check_handle, kind_of, pieces
+from epd.transfer.plan import Ref, Rung, check_handle, kind_of, may_map, pieces
 from gpu.backend import Backend
 from gpu.errors import CannotMap, LayoutMismatch, PoolClosed
 from gpu.pool import Blocks, Destination, Pool, PoolExport
@@ -95,18 +95,16 @@ class Receiver:
     async def _pull(self, ref: Ref, source: Endpoint, dst: Destination, dst_ids: Sequence[int]) -> Rung:
         local = self._local.get(ref.generation)
         if local is not None:
-            rung = Rung.LOCAL
             await self._copy(local, ref, dst, dst_ids)
-        else:
-            self._system.introduce(source)
-            known = await self._source(ref, source)
-            rung = Rung.MAPPED if known.mapped is not None else Rung.SOCKET
-            check_handle(ref, known.pool)
-            if known.mapped is not None:
-                await self._read_mapped(known, known.mapped, ref, dst, dst_ids)
-            else:
-                await self._fetch(ref, known.pool, dst, dst_ids)
-        return rung
+            return Rung.LOCAL
+        self._system.introduce(source)
+        known = await self._source(ref, source)
+        check_handle(ref, known.pool)
+        if known.mapped is not None:
+            await self._read_mapped(known, known.mapped, ref, dst, dst_ids)
+            return Rung.MAPPED
+        await self._fetch(ref, known.pool, dst, dst_ids)
+        return Rung.SOCKET
 
     def is_local(self, ref: Ref) -> bool:
         """Whether the handle points into a pool of this process."""
@@ -197,7 +195,7 @@ class Receiver:
             return self._sources[key]
 
     async def _map(self, pool: PoolRef, endpoint: Endpoint) -> Blocks | None:
-        if best_rung(self._system.endpoint, endpoint, allowed=self._allowed, cannot_map=False) is not Rung.MAPPED:
+        if not may_map(self._system.endpoint, endpoint, allowed=self._allowed):
             return None
         export = PoolExport(
             memory=pool.memory,

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epd.errors import StaleHandle
-from epd.transfer.plan import Rung, best_rung, check_handle, kind_of, pieces
+from epd.transfer.plan import check_handle, kind_of, may_map, pieces
 from protocol.messages import EmbeddingRef, Endpoint, KVRef, PoolRef, RequestId, WorkerId
 
 
@@ -14,20 +14,18 @@ def _endpoint(worker: str, host_id: str) -> Endpoint:
 
 
 @pytest.mark.parametrize(
-    ("own", "source", "allowed", "cannot_map", "rung"),
+    ("own_host", "source_host", "allowed", "is_due"),
     [
-        (("a", "h"), ("a", "h"), "auto", False, Rung.LOCAL),
-        (("a", "h"), ("a", "h"), "socket", False, Rung.LOCAL),
-        (("a", "h"), ("b", "h"), "auto", False, Rung.MAPPED),
-        (("a", "h"), ("b", "h"), "mapped", False, Rung.MAPPED),
-        (("a", "h"), ("b", "h"), "socket", False, Rung.SOCKET),
-        (("a", "h"), ("b", "h"), "auto", True, Rung.SOCKET),
-        (("a", "h"), ("b", "i"), "auto", False, Rung.SOCKET),
-        (("a", ""), ("b", ""), "auto", False, Rung.SOCKET),  # a host that cannot tell who it is shares nothing
+        ("h", "h", "auto", True),
+        ("h", "h", "mapped", True),
+        ("h", "h", "socket", False),
+        ("h", "i", "auto", False),
+        ("h", "i", "mapped", False),
+        ("", "", "auto", False),  # a host that cannot tell who it is shares nothing
     ],
 )
-def test_best_rung(own: tuple[str, str], source: tuple[str, str], allowed: str, cannot_map: bool, rung: Rung) -> None:
-    assert best_rung(_endpoint(*own), _endpoint(*source), allowed=allowed, cannot_map=cannot_map) is rung
+def test_may_map(own_host: str, source_host: str, allowed: str, is_due: bool) -> None:
+    assert may_map(_endpoint("a", own_host), _endpoint("b", source_host), allowed=allowed) is is_due
 
 
 def _ref(**changes: object) -> KVRef:
