@@ -27,7 +27,7 @@ PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
-	@echo "  variables (now): MODEL=$(or $(MODEL),the bundled model) PORT=$(PORT) ENCODE=$(ENCODE) PREFILL=$(PREFILL) DECODE=$(DECODE) DEVICE=$(DEVICE)"
+	@echo "  variables (now): MODEL=$(or $(MODEL),the bundled model) PORT=$(PORT) GATEWAYS=$(GATEWAYS) ENCODE=$(ENCODE) PREFILL=$(PREFILL) DECODE=$(DECODE) WORKERS=$(WORKERS) DEVICE=$(DEVICE)"
 
 run-cluster: $(RUN_READY)  ## serve MODEL on PORT with GATEWAYS, ENCODE, PREFILL and DECODE workers, or WORKERS; Ctrl-C drains and stops
 	@exec $(BIN)/epd cluster $(if $(MODEL),--model "$(MODEL)") --port $(PORT) --gateways $(GATEWAYS) \

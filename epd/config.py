@@ -1,7 +1,8 @@
-"""The only place that reads the command line and the environment.
+"""What the command line and the environment ask for, checked.
 
-A configuration is a tree of frozen dataclasses, checked once here; whoever gets one may rely on it. Nothing else in the project
-parses an argument, looks at an environment variable or invents a default.
+A configuration is a tree of frozen dataclasses, checked once here; whoever gets one may rely on it. Nothing else in the server
+parses an argument, looks at an environment variable or invents a default, but `options`, which has the words and defaults of this
+command line. The launcher hands the environment on to its processes, with the secrets in it that no command line is to show.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ STAGE_FIGURES: Mapping[str, tuple[float, ...]] = MappingProxyType(
         "queue_seconds": SECONDS,  # from the ask to the first work on it
         "preprocess_seconds": SECONDS,  # encode: an image file to patches, with its batch
         "encode_seconds": SECONDS,  # encode: patches to an embedding, with its batch
-        "embedding_wait_seconds": SECONDS,  # prefill: from the ask to the request's last embedding
+        "embedding_wait_seconds": SECONDS,  # prefill: in which it could do nothing for want of one
         "prefill_seconds": SECONDS,  # prefill: from the first work on it to its token
         "kv_receive_seconds": SECONDS,  # decode: from the reservation of blocks to the last one's arrival
         "decode_seconds": SECONDS,  # decode: from the first step to the last token

@@ -101,7 +101,7 @@ class EmbeddingRef(Part, frozen=True):
     mm_hash: str
     num_tokens: int
     block_ids: tuple[int, ...]
-    checksums: tuple[int, ...]  # xxh3-64 of each whole block
+    checksums: tuple[int, ...]  # of each whole block, as pools of this kind of memory compute them
 
 
 class KVRef(Part, frozen=True):
@@ -291,7 +291,10 @@ class Finished(Message, frozen=True, tag=32):
 
 
 class Preempted(Message, frozen=True, tag=33):
-    """The decode worker's pool is full and this request gave way: it is to be prefilled again with what it has so far."""
+    """This request gave way: to others in a full pool, to prefill in the same pool, or because its worker leaves.
+
+    It is to be prefilled again with what it has so far, and that counts as nobody's failure.
+    """
 
     request_id: RequestId
     epoch: int

@@ -162,7 +162,7 @@ class _Threads:
 
 def _require_cpu(backend: Backend) -> None:
     if backend.torch_device != "cpu":
-        raise BadConfig(f"this version runs models on the CPU, not on {backend.torch_device}")
+        raise BadConfig(f"these runners compute on the CPU, not on {backend.torch_device}: epd.model.device has the others")
 
 
 def _host(pool: Pool) -> HostPool:
