@@ -1,4 +1,4 @@
-"""Whole blocks: rows of bytes from one array to another, with or without their checksum. Knows nothing of pools.
+"""Whole blocks: rows of bytes from one array to another, and their checksums. Knows nothing of pools.
 
 The checksum is XXH3-64 (Yann Collet, xxHash) of a whole block. A call runs from end to end without the interpreter's lock.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from gpu.kernels.copy_rows import MIN_HASHED_BYTES, copy_and_hash_rows, copy_rows, hash_rows
+from gpu.kernels.copy_rows import MIN_HASHED_BYTES, copy_and_hash_rows, hash_rows
 
 Bytes = npt.NDArray[np.uint8]
 Ids = npt.NDArray[np.int64]
@@ -19,22 +19,17 @@ _STREAMING_BYTES = 1 << 20
 _STREAMING_ALIGNMENT = 64
 
 
-def copy_plain(src: Bytes, src_ids: Ids, dst: Bytes, dst_ids: Ids) -> None:
-    """Copy rows `src_ids` of src [n, block_bytes] to rows `dst_ids` of dst [m, block_bytes].
-
-    Raises ValueError for arrays that are not contiguous rows of one size, IndexError for ids outside of them.
-    """
-    _check_copy(src, src_ids, dst, dst_ids)
-    copy_rows(src.ctypes.data, src_ids, dst.ctypes.data, dst_ids, src.shape[1], _streams(dst, len(src_ids)))
-
-
 def copy_checked(src: Bytes, src_ids: Ids, dst: Bytes, dst_ids: Ids, checksums: npt.NDArray[np.uint64]) -> int:
-    """Like copy_plain, comparing the bytes of each row with its checksum. Returns the place of the first that differs, or -1."""
+    """Copy rows `src_ids` of src [n, block_bytes] to rows `dst_ids` of dst [m, block_bytes], comparing each with its checksum.
+
+    Returns the place of the first that differs, or -1. Raises ValueError for arrays that are not contiguous rows of one size,
+    IndexError for ids outside of them.
+    """
     _check_copy(src, src_ids, dst, dst_ids)
     if len(checksums) != len(src_ids):
         raise ValueError(f"{len(checksums)} checksums for {len(src_ids)} blocks")
     if src.shape[1] < MIN_HASHED_BYTES:
-        copy_plain(src, src_ids, dst, dst_ids)
+        dst[dst_ids] = src[src_ids]
         found = np.array(checksum_blocks(dst, dst_ids), dtype=np.uint64)
     else:
         found = np.empty(len(src_ids), np.uint64)
@@ -45,7 +40,7 @@ def copy_checked(src: Bytes, src_ids: Ids, dst: Bytes, dst_ids: Ids, checksums: 
 
 
 def checksum_blocks(src: Bytes, src_ids: Ids) -> list[int]:
-    """XXH3-64 of rows `src_ids` of src [n, block_bytes]. Errors as in copy_plain."""
+    """XXH3-64 of rows `src_ids` of src [n, block_bytes]. Errors as in copy_checked."""
     _check_rows(src, src_ids)
     if src.shape[1] < MIN_HASHED_BYTES:
         return [xxhash.xxh3_64_intdigest(src[src_id]) for src_id in src_ids.tolist()]

@@ -37,14 +37,6 @@ class LayoutMismatch(GpuError):
     """Two pools whose blocks do not mean the same thing."""
 
 
-class ChecksumMismatch(GpuError):
-    """A block arrived with other bytes than its sender had. `index` is its place in the list that was asked for."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__(f"block number {index} of this copy does not have the checksum that its sender computed")
-        self.index = index
-
-
 class StreamClosed(GpuError):
     """Work was given to a stream that has been closed, or was still waiting when it was."""
 

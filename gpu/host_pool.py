@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gpu.errors import BrokenPool, CannotMap, ChecksumMismatch, LayoutMismatch, OutOfMemory, PoolClosed
+from gpu.errors import BrokenPool, CannotMap, LayoutMismatch, OutOfMemory, PoolClosed
 from gpu.memory import Bytes, SharedMemory, available_bytes, map_shared
 from gpu.pool import Blocks, PoolExport, PoolSpec, check_copy, check_ids
 
@@ -32,8 +32,6 @@ _NO_LABEL = bytes(_LABEL.size)
 
 class Mover(Protocol):
     """Copies and hashes rows of bytes: `gpu.copy`, which is compiled, or `gpu.plain_copy`, which need not be."""
-
-    def copy_plain(self, src: Bytes, src_ids: Ids, dst: Bytes, dst_ids: Ids) -> None: ...
 
     def copy_checked(self, src: Bytes, src_ids: Ids, dst: Bytes, dst_ids: Ids, checksums: npt.NDArray[np.uint64]) -> int: ...
 
@@ -210,32 +208,6 @@ class HostLanding:
     def settle(self, checksums: Sequence[int]) -> int:
         found = self._mover.checksum_blocks(self._blocks, self._ids)
         return next((place for place, (is_, should) in enumerate(zip(found, checksums, strict=True)) if is_ != should), -1)
-
-
-def copy_blocks(
-    src: HostPool | MappedHostPool,
-    src_ids: Sequence[int],
-    dst: HostPool,
-    dst_ids: Sequence[int],
-    checksums: Sequence[int] | None = None,
-) -> None:
-    """Copy block src_ids[i] of `src` to block dst_ids[i] of `dst`, for all i, without holding the interpreter's lock.
-
-    With `checksums` (xxh3-64 of each whole block, as its sender computed them) the bytes that were written are compared with
-    them; ChecksumMismatch names the first that differs, and blocks before it have been copied. Raises LayoutMismatch between
-    pools whose blocks mean different things, IndexError for ids outside of a pool, PoolClosed when either has been closed.
-    """
-    if src.layout != dst.layout or src.block_bytes != dst.block_bytes:
-        raise LayoutMismatch(f"blocks of layout {src.layout:#x} cannot go into a pool of layout {dst.layout:#x}")
-    if len(src_ids) != len(dst_ids) or (checksums is not None and len(checksums) != len(src_ids)):
-        raise ValueError("a copy needs as many destinations, and as many checksums, as sources")
-    sources, destinations = np.asarray(src_ids, dtype=np.int64), np.asarray(dst_ids, dtype=np.int64)
-    if checksums is None:
-        dst.mover.copy_plain(src.blocks, sources, dst.blocks, destinations)
-        return
-    bad = dst.mover.copy_checked(src.blocks, sources, dst.blocks, destinations, np.asarray(checksums, dtype=np.uint64))
-    if bad >= 0:
-        raise ChecksumMismatch(bad)
 
 
 def _copy_from(

@@ -1,6 +1,6 @@
 """The CPU kernels: NumPy arrays in, NumPy arrays out, no allocation that the caller did not make. One file each.
 
-Whole blocks are moved by `gpu.copy`, which checks its rows before it hands addresses to copy_rows.
+Whole blocks are moved by `gpu.copy`, which checks its rows before it hands addresses to the kernels of copy_rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Blocks from address to address: copy_rows, hash_rows, and both in one pass, copy_and_hash_rows.
+"""Blocks at addresses: hash_rows, and copy_and_hash_rows, which copies in the same pass.
 
 The hash is XXH3-64 (Yann Collet, xxHash 0.8, the branch for inputs over 240 bytes). Why not the library's: it hashes what has
 already been copied, in pieces, taking the interpreter's lock between them, and a busy event loop gives that lock back after five
@@ -61,21 +61,16 @@ _NEIGHBOURS = ir.Constant(ir.VectorType(ir.IntType(32), 8), [1, 0, 3, 2, 5, 4, 7
 _NO_STORE, _STORE, _STREAM = 0, 1, 2
 
 
-def copy_rows(src: int, src_ids: Ids, dst: int, dst_ids: Ids, block_bytes: int, streaming: bool) -> None:
-    """Copy the block_bytes at address src + src_ids[i] * block_bytes to address dst + dst_ids[i] * block_bytes.
-
-    `streaming` asks for non-temporal stores; then `dst` and `block_bytes` are multiples of 64. Addresses are trusted.
-    """
-    _copy_rows(src, src_ids, dst, dst_ids, block_bytes, streaming)
-
-
 def hash_rows(src: int, src_ids: Ids, block_bytes: int, sums: Sums) -> None:
     """sums[i] = XXH3-64 of the block_bytes (>= MIN_HASHED_BYTES) at address src + src_ids[i] * block_bytes."""
     _hash_rows(src, src_ids, block_bytes, sums)
 
 
 def copy_and_hash_rows(src: int, src_ids: Ids, dst: int, dst_ids: Ids, block_bytes: int, sums: Sums, streaming: bool) -> None:
-    """copy_rows and hash_rows in one pass over the source."""
+    """hash_rows of rows `src_ids`, which are copied to address dst + dst_ids[i] * block_bytes on the way.
+
+    `streaming` asks for non-temporal stores; then `dst` and `block_bytes` are multiples of 64. Addresses are trusted.
+    """
     _copy_and_hash_rows(src, src_ids, dst, dst_ids, block_bytes, sums, streaming)
 
 
@@ -101,21 +96,6 @@ def _stripes(num_stripes: int, storing: int) -> Callable[[int, int, int, int], N
         return types.boolean(types.int64, types.int64, types.int64, types.int64), emit
 
     return add_stripes
-
-
-def _copying(unit: ir.Type, storing: int) -> Callable[[int, int], None]:
-    """An operation that copies one stripe, or one byte."""
-
-    @emitted
-    def copy_stripe(_context: Any, src: Any, dst: Any) -> tuple[Signature, Callable[..., Any]]:
-        def emit(_target: Any, builder: ir.IRBuilder, _signature: Signature, args: tuple[ir.Value, ...]) -> ir.Value:
-            data = builder.load(builder.inttoptr(args[0], unit.as_pointer()), align=1)
-            _emit_store(builder, data, builder.inttoptr(args[1], unit.as_pointer()), storing)
-            return ir.Constant(ir.IntType(1), 0)
-
-        return types.boolean(types.int64, types.int64), emit
-
-    return copy_stripe
 
 
 def _emit_store(builder: ir.IRBuilder, data: ir.Value, at: ir.Value, storing: int) -> None:
@@ -172,9 +152,6 @@ def _every(value: int) -> ir.Constant:
     return ir.Constant(_LANES, [value] * 8)
 
 
-_move_byte = _copying(ir.IntType(8), _STORE)
-_move_stripe = _copying(_LANES, _STORE)
-_stream_stripe = _copying(_LANES, _STREAM)
 _hash_block = _stripes(_STRIPES, _NO_STORE)
 _hash_stripe = _stripes(1, _NO_STORE)
 _copy_block = _stripes(_STRIPES, _STORE)
@@ -192,23 +169,6 @@ def _merge(lanes: Sums, num_bytes: int) -> np.uint64:
     result *= _AVALANCHE
     mixed: np.uint64 = result ^ (result >> np.uint64(32))
     return mixed
-
-
-@kernel("void(int64, int64[::1], int64, int64[::1], int64, boolean)")
-def _copy_rows(src: int, src_ids: Ids, dst: int, dst_ids: Ids, block_bytes: int, streaming: bool) -> None:
-    num_stripes = block_bytes // _STRIPE
-    for row in range(src_ids.shape[0]):
-        source = src + src_ids[row] * block_bytes
-        target = dst + dst_ids[row] * block_bytes
-        if streaming:
-            for stripe in range(num_stripes):
-                _stream_stripe(source + stripe * _STRIPE, target + stripe * _STRIPE)
-        else:
-            for stripe in range(num_stripes):
-                _move_stripe(source + stripe * _STRIPE, target + stripe * _STRIPE)
-        for i in range(num_stripes * _STRIPE, block_bytes):
-            _move_byte(source + i, target + i)
-    _fence()
 
 
 @kernel("void(int64, int64[::1], int64, uint64[::1])")

@@ -7,7 +7,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu.copy import checksum_blocks, copy_checked, copy_plain
+from gpu.copy import checksum_blocks, copy_checked
 
 Bytes = npt.NDArray[np.uint8]
 # Around every change of branch: the hash's short inputs, its stripes of 64, its blocks of 1,024, and streaming above 1 MiB.
@@ -49,12 +49,10 @@ def sums(array: Bytes) -> npt.NDArray[np.uint64]:
 @pytest.mark.parametrize("block_bytes", SIZES)
 def test_sizes_at_the_edges(block_bytes: int) -> None:
     src = blocks(3, block_bytes)
-    plain, checked = np.zeros((4, block_bytes), np.uint8), np.zeros((4, block_bytes), np.uint8)
-    copy_plain(src, ids(2, 0), plain, ids(1, 3))
-    assert copy_checked(src, ids(2, 0), checked, ids(1, 3), sums(src[[2, 0]])) == -1
-    for dst in (plain, checked):
-        np.testing.assert_array_equal(dst[[1, 3]], src[[2, 0]])
-        assert not dst[[0, 2]].any()
+    dst = np.zeros((4, block_bytes), np.uint8)
+    assert copy_checked(src, ids(2, 0), dst, ids(1, 3), sums(src[[2, 0]])) == -1
+    np.testing.assert_array_equal(dst[[1, 3]], src[[2, 0]])
+    assert not dst[[0, 2]].any()
     assert checksum_blocks(src, ids(1, 1, 2)) == sums(src[[1, 1, 2]]).tolist()
 
 
@@ -74,7 +72,6 @@ def test_memory_that_is_not_aligned_is_copied_too() -> None:
     memory = np.zeros(size + 1, np.uint8)
     dst = memory[1:].reshape(1, size)
     assert copy_checked(src, ids(0), dst, ids(0), sums(src)) == -1
-    copy_plain(src, ids(0), dst, ids(0))
     np.testing.assert_array_equal(dst, src)
 
 
@@ -88,7 +85,6 @@ def test_the_first_wrong_block_is_named(block_bytes: int) -> None:
 
 def test_nothing_to_copy() -> None:
     src = blocks(2, 300)
-    copy_plain(src, ids(), src.copy(), ids())
     assert copy_checked(src, ids(), src.copy(), ids(), sums(src[:0])) == -1
     assert checksum_blocks(src, ids()) == []
 
@@ -109,8 +105,6 @@ def test_what_would_touch_other_memory_is_refused() -> None:
     ]
     for error, source, source_ids, target, target_ids in bad:
         with pytest.raises(error):
-            copy_plain(source, source_ids, target, target_ids)
-        with pytest.raises(error):
             copy_checked(source, source_ids, target, target_ids, np.zeros(len(source_ids), np.uint64))
     with pytest.raises(ValueError, match="2 checksums for 1"):
         copy_checked(src, ids(0), dst, ids(0), np.zeros(2, np.uint64))
@@ -121,5 +115,5 @@ def test_a_read_only_destination_is_refused_and_a_read_only_source_is_not() -> N
     src = blocks(2, 300)
     src.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
-        copy_plain(src, ids(0), src, ids(1))
+        copy_checked(src, ids(0), src, ids(1), sums(src[:1]))
     assert checksum_blocks(src, ids(1)) == sums(src[1:]).tolist()

@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gpu.cpu import CpuBackend
-from gpu.errors import BrokenPool, CannotMap, ChecksumMismatch, LayoutMismatch, OutOfMemory, PoolClosed
-from gpu.host_pool import HostPool, MappedHostPool, copy_blocks
+from gpu.errors import BrokenPool, CannotMap, OutOfMemory, PoolClosed
+from gpu.host_pool import HostPool
 from gpu.pool import PoolExport, PoolSpec
 from tests.gpu.processes import exporter, holders
 
@@ -178,73 +176,7 @@ class TestMappedPool:
         assert len(bytes(block)) == 1000
 
 
-class TestCopyBlocks:
-    @pytest.mark.parametrize("with_checksums", [False, True])
-    @pytest.mark.parametrize("block_bytes", [1, 100, 241, 32 << 10, 1 << 20])
-    def test_blocks_arrive_where_they_belong_and_nothing_else_changes(
-        self, backend: CpuBackend, block_bytes: int, with_checksums: bool
-    ) -> None:
-        src, dst = make_pool(backend, 5, block_bytes), make_pool(backend, 7, block_bytes)
-        dst.blocks[:] = 0
-        src_ids, dst_ids = [4, 0, 2], [1, 6, 3]
-        checksums = src.checksum(src_ids) if with_checksums else None
-        copy_blocks(backend.map_pool(src.export()), src_ids, dst, dst_ids, checksums)
-        expected = np.zeros((7, block_bytes), np.uint8)
-        expected[dst_ids] = src.blocks[src_ids]
-        np.testing.assert_array_equal(dst.blocks, expected)
-        dst.check_integrity()
-
-    @settings(max_examples=40, deadline=None)
-    @given(ids=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=6, unique_by=lambda pair: pair[1]))
-    def test_any_ids(self, ids: list[tuple[int, int]]) -> None:
-        backend = CpuBackend()
-        src, dst = make_pool(backend), make_pool(backend)
-        dst.blocks[:] = 0
-        copy_blocks(src, [a for a, _ in ids], dst, [b for _, b in ids], src.checksum([a for a, _ in ids]))
-        for a, b in ids:
-            np.testing.assert_array_equal(dst.blocks[b], src.blocks[a])
-        assert not dst.blocks[[i for i in range(6) if i not in {b for _, b in ids}]].any()
-        backend.close()
-
-    @pytest.mark.parametrize("block_bytes", [100, 1000, 1 << 20])
-    @pytest.mark.parametrize("position", [0, 57, -1])
-    def test_one_altered_byte_is_noticed_and_named(self, backend: CpuBackend, block_bytes: int, position: int) -> None:
-        src, dst = make_pool(backend, 4, block_bytes), make_pool(backend, 4, block_bytes)
-        checksums = src.checksum([0, 1, 2, 3])
-        src.blocks[2, position] ^= 0x40
-        with pytest.raises(ChecksumMismatch) as caught:
-            copy_blocks(src, [0, 1, 2, 3], dst, [3, 2, 1, 0], checksums)
-        assert caught.value.index == 2
-
-    def test_pools_of_different_meaning_are_refused(self, backend: CpuBackend) -> None:
-        with pytest.raises(LayoutMismatch):
-            copy_blocks(make_pool(backend), [0], make_pool(backend, layout=1), [0])
-        with pytest.raises(LayoutMismatch):
-            copy_blocks(make_pool(backend), [0], make_pool(backend, block_bytes=999), [0])
-
-    def test_ids_that_do_not_fit_are_refused_before_anything_is_written(self, backend: CpuBackend) -> None:
-        src, dst = make_pool(backend), make_pool(backend)
-        before = dst.blocks.copy()
-        src.blocks[:] = 0
-        for src_ids, dst_ids in (([0, 6], [0, 1]), ([0, 1], [0, -1]), ([0, 1], [0, 6])):
-            with pytest.raises(IndexError):
-                copy_blocks(src, src_ids, dst, dst_ids)
-        with pytest.raises(ValueError, match="as many"):
-            copy_blocks(src, [0, 1], dst, [0])
-        with pytest.raises(ValueError, match="as many"):
-            copy_blocks(src, [0], dst, [0], [1, 2])
-        np.testing.assert_array_equal(dst.blocks, before)
-
-    def test_a_closed_pool_is_refused(self, backend: CpuBackend) -> None:
-        src, dst = make_pool(backend), make_pool(backend)
-        mapped = MappedHostPool(src.export())
-        src.close()
-        with pytest.raises(PoolClosed):
-            copy_blocks(mapped, [0], dst, [0])
-        dst.close()
-        with pytest.raises(PoolClosed):
-            copy_blocks(make_pool(backend), [0], dst, [0])
-
+class TestCopies:
     def test_several_threads_copy_at_once(self, backend: CpuBackend) -> None:
         src, dst = make_pool(backend, 32, 64 << 10), make_pool(backend, 32, 64 << 10)
         dst.blocks[:] = 0
@@ -252,7 +184,7 @@ class TestCopyBlocks:
 
         def copy(start: int) -> None:
             for i in range(start, 32, 4):
-                copy_blocks(src, [i], dst, [31 - i], checksums[i : i + 1])
+                assert dst.copy_from(src, [i], [31 - i], checksums[i : i + 1]) == -1
 
         threads = [threading.Thread(target=copy, args=(start,)) for start in range(4)]
         for thread in threads:
@@ -267,11 +199,10 @@ class TestBetweenProcesses:
         dst = make_pool(backend, 4, 50_000)
         with exporter(3, 50_000, LAYOUT) as other:
             mapped = backend.map_pool(other.export)
-            copy_blocks(mapped, [2, 0], dst, [1, 3], [other.checksums[2], other.checksums[0]])
+            assert dst.copy_from(mapped, [2, 0], [1, 3], [other.checksums[2], other.checksums[0]]) == -1
             assert (dst.blocks[1] == 3).all()
             assert (dst.blocks[3] == 1).all()
-            with pytest.raises(ChecksumMismatch):
-                copy_blocks(mapped, [1], dst, [0], [other.checksums[2]])
+            assert dst.copy_from(mapped, [1], [0], [other.checksums[2]]) == 0
 
     def test_its_close_is_noticed(self, backend: CpuBackend) -> None:
         with exporter(3, 500, LAYOUT) as other:
