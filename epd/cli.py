@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 import threading
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _serve(config: ServeConfig) -> int:
     setup(config.log_level, worker=config.link.worker or "-".join(config.roles))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # every client is an open file
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     uvloop.run(_run_node(config))
     return 0
 

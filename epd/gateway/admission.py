@@ -32,7 +32,7 @@ class Admission:
     def __init__(self, *, max_requests: int, max_prompt_tokens: int) -> None:
         if min(max_requests, max_prompt_tokens) < 1:
             raise BadConfig("admission limits must be at least 1")
-        self._max_requests = max_requests
+        self.max_requests = max_requests
         self._max_prompt_tokens = max_prompt_tokens
         self._tickets: dict[RequestId, _Ticket] = {}
         self._num_running = 0
@@ -98,7 +98,7 @@ class Admission:
 
     def _is_full(self, num_choices: int, num_prompt_tokens: int) -> bool:
         return (
-            self._num_running + num_choices > self._max_requests
+            self._num_running + num_choices > self.max_requests
             or self._num_prompt_tokens + num_prompt_tokens > self._max_prompt_tokens
         )
 
@@ -107,16 +107,16 @@ class Admission:
         retry_after_s = self._retry_after_s(num_choices, num_prompt_tokens, now)
         self._promises.append(now + retry_after_s)
         return Overloaded(
-            f"{self._num_running} requests of at most {self._max_requests} run, with {self._num_prompt_tokens} prompt tokens "
+            f"{self._num_running} requests of at most {self.max_requests} run, with {self._num_prompt_tokens} prompt tokens "
             f"of at most {self._max_prompt_tokens}: try again in {retry_after_s:.0f} s",
             retry_after_s=retry_after_s,
-            limit="max_requests" if self._num_running + num_choices > self._max_requests else "max_prompt_tokens",
+            limit="max_requests" if self._num_running + num_choices > self.max_requests else "max_prompt_tokens",
         )
 
     def _retry_after_s(self, num_choices: int, num_prompt_tokens: int, now: float) -> float:
         """Until so many requests have finished as must leave before this one fits, after those who were told to come earlier."""
         num_tickets = len(self._tickets)
-        excess_choices = (self._num_running + num_choices - self._max_requests) / max(1, self._num_running)
+        excess_choices = (self._num_running + num_choices - self.max_requests) / max(1, self._num_running)
         excess_tokens = (self._num_prompt_tokens + num_prompt_tokens - self._max_prompt_tokens) / max(1, self._num_prompt_tokens)
         num_due = max(1.0, excess_choices * num_tickets, excess_tokens * num_tickets) + len(self._promises)
         return min(_MAX_RETRY_AFTER_S, max(_MIN_RETRY_AFTER_S, num_due / self._finish_rate(now)))

@@ -22,6 +22,10 @@ class Engine(Protocol):
     def max_model_len(self) -> int:
         """Most tokens that prompt and output may have together."""
 
+    @property
+    def max_choices(self) -> int:
+        """Most choices that run at once, over all requests."""
+
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """The pieces of all `request.n` choices, as they come; each choice ends with one delta that has a `finish_reason`.
 

@@ -56,6 +56,10 @@ class Gateway:
     def max_model_len(self) -> int:
         return self._stages.fleet.max_model_len(self._max_model_len)
 
+    @property
+    def max_choices(self) -> int:
+        return self._admission.max_requests
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """See `Engine.generate`."""
         arrived = self._stages.clock()

@@ -25,6 +25,7 @@ from epd.http.errors import NotAuthorized, UnknownRoute, WrongMethod, error_resp
 from epd.http.images import Allowed, ImageFetcher, is_public
 from epd.http.probes import HttpMetrics, Probes
 from epd.http.routes import OpenAIRoutes, Timing
+from epd.http.watch import IDLE_S, STALLED_S, ConnectionWatch
 from epd.log import Log
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -46,6 +47,8 @@ class HttpServer:
         request_timeout_s: float,
         patience_s: float = PATIENCE_S,
         keep_alive_s: float = KEEP_ALIVE_S,
+        idle_s: float = IDLE_S,
+        stalled_s: float = STALLED_S,
         image_address_allowed: Allowed = is_public,
     ) -> None:
         self._config = config
@@ -59,7 +62,10 @@ class HttpServer:
         self._num_running = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._idle_s = idle_s
+        self._stalled_s = stalled_s
         self._runner: web.AppRunner | None = None
+        self._watch: ConnectionWatch | None = None
 
     async def start(self) -> None:
         """Listen.
@@ -72,6 +78,10 @@ class HttpServer:
             self._application(), handler_cancellation=True, access_log=None, logger=_protocol_log(), shutdown_timeout=_CLOSE_S
         )
         await self._runner.setup()
+        server = self._runner.server
+        assert server is not None
+        self._watch = ConnectionWatch(lambda: server.connections, idle_s=self._idle_s, stalled_s=self._stalled_s)
+        self._watch.start()
         try:
             await web.TCPSite(self._runner, self._config.host, self._config.port, backlog=_BACKLOG).start()
         except OSError as error:
@@ -98,6 +108,8 @@ class HttpServer:
     async def stop(self) -> None:
         """Close everything; what is still running is cancelled."""
         self._draining = True
+        if self._watch is not None:
+            self._watch.stop()
         if self._runner is not None:
             await self._runner.cleanup()
         await self._images.close()
@@ -107,7 +119,6 @@ class HttpServer:
 
     def _application(self) -> web.Application:
         routes, probes, dashboard = self._routes, self._probes, self._dashboard
-        # Room for the check of our own, which answers in the API's words.
         app = web.Application(middlewares=[self._middleware], client_max_size=self._config.max_body_bytes)
         app.router.add_post("/v1/chat/completions", self._generation(routes.chat))
         app.router.add_post("/v1/completions", self._generation(routes.completions))
@@ -127,6 +138,8 @@ class HttpServer:
         """Whoever fails, the answer is an error object; every response is counted."""
         route = request.match_info.route.resource
         name = route.canonical if route is not None else "other"
+        assert self._watch is not None
+        self._watch.began(request.protocol)
         try:
             if request.path.startswith("/v1/"):
                 self._authorize(request)
@@ -143,6 +156,8 @@ class HttpServer:
         except Exception as error:
             _log.error("request failed", error=error, route=name)
             response = error_response(InternalError("internal error"))
+        finally:
+            self._watch.ended(request.protocol)
         self._metrics.count(name, response.status)
         return response
 

@@ -9,6 +9,7 @@ import msgspec
 from epd.errors import BadRequest, Unsupported
 
 _SHOWN_CHARS = 60
+MAX_DEPTH = 100  # of a schema, or of arguments
 
 
 class Fields:
@@ -91,6 +92,16 @@ class Fields:
 
     def wrong(self, name: str, expected: str, value: object) -> BadRequest:
         return BadRequest(f"{self.path(name)} must be {expected}, not {shown(value)}", param=self.path(name))
+
+
+def is_deeper(value: object, depth: int) -> bool:
+    """Whether a JSON value has more than so many levels."""
+    if not isinstance(value, dict | list):
+        return False
+    if not depth:
+        return True
+    items: Sequence[object] = list(value.values()) if isinstance(value, dict) else value
+    return any(is_deeper(item, depth - 1) for item in items)
 
 
 def kind(value: object) -> str:

@@ -6,7 +6,7 @@ import json
 
 from epd.errors import BadRequest, Unsupported
 from epd.gateway.guide import Guide
-from epd.http.fields import Fields, shown
+from epd.http.fields import MAX_DEPTH, Fields, is_deeper, shown
 
 _KINDS = ("json", "regex", "choice")
 _ANY_OBJECT = '{"type": "object"}'
@@ -76,11 +76,15 @@ def _structured_outputs(fields: Fields) -> Guide | None:
 def _schema(value: object, path: str) -> Guide:
     if not isinstance(value, dict):
         raise Unsupported(f"{path} must be an object, not {shown(value)}", param=path)
+    if is_deeper(value, MAX_DEPTH):
+        raise BadRequest(f"{path} is nested more than {MAX_DEPTH} levels deep", param=path)
     return Guide("schema", json.dumps(value), path)
 
 
 def _parsed(text: str, path: str) -> object:
     try:
         return json.loads(text)
+    except RecursionError:
+        raise BadRequest(f"{path} is nested too deeply", param=path) from None
     except ValueError as error:
         raise BadRequest(f"{path} is no JSON: {error}", param=path) from error

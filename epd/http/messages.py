@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from epd.errors import BadRequest, Unsupported
-from epd.http.fields import Fields, kind, shown
-from epd.http.tools import MAX_DEPTH, function_name, is_deeper
+from epd.http.fields import MAX_DEPTH, Fields, is_deeper, kind, shown
+from epd.http.tools import function_name
 
+MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000  # of one message
 _ROLES = '"system", "developer", "user", "assistant" or "tool"'
 _NEUTRAL_MESSAGE: Mapping[str, Sequence[object]] = {"annotations": ([],)}
 
@@ -23,6 +25,7 @@ class Limits:
 
     vocab_size: int
     max_images: int
+    max_choices: int  # that run at once, over all requests
     takes_images: bool = True
 
 
@@ -38,6 +41,8 @@ def parse_messages(value: object, limits: Limits) -> tuple[tuple[dict[str, objec
     """The messages, and the images in them in order. Raises BadRequest and Unsupported, which name the field."""
     if not isinstance(value, list) or not value:
         raise BadRequest("messages must be a non-empty array of messages", param="messages")
+    if len(value) > MAX_MESSAGES:
+        raise BadRequest(f"the request holds {len(value)} messages; at most {MAX_MESSAGES} are taken", param="messages")
     conversation = _Conversation()
     messages = tuple(conversation.message(item, f"messages[{index}]") for index, item in enumerate(value))
     images = conversation.images
@@ -116,6 +121,8 @@ class _Conversation:
     def _parts(self, value: object, path: str, may_have_images: bool) -> list[dict[str, object]]:
         if not isinstance(value, list) or not value:
             raise BadRequest(f"{path} must be a string or a non-empty array of parts, not {kind(value)}", param=path)
+        if len(value) > MAX_PARTS:
+            raise BadRequest(f"{path} holds {len(value)} parts; at most {MAX_PARTS} are taken", param=path)
         parts: list[dict[str, object]] = []
         for index, item in enumerate(value):
             fields = Fields(item, f"{path}[{index}]")

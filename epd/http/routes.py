@@ -35,6 +35,7 @@ from protocol.messages import RequestId
 TIMELINE_HEADER = "x-epd-timeline"
 MAX_TRACE_CHARS = 512  # of a trace header; the standard asks for as much
 BODY_TIMEOUT_S = 60.0  # for a client to send its request
+MAX_VALUES = 1_000_000  # in a body, with the commas of its texts: a long document, or prompts of so many token ids
 # Work on a body of up to this size is done at once; on a larger one in a thread, so that running streams do not wait for it.
 _INLINE_BYTES = 8 * 2**10
 
@@ -80,7 +81,10 @@ class OpenAIRoutes:
         self._timing = timing
         self._fingerprint = fingerprint
         self._limits = Limits(
-            vocab_size=prompter.config.text.vocab_size, max_images=config.max_images, takes_images=prompter.takes_images
+            vocab_size=prompter.config.text.vocab_size,
+            max_images=config.max_images,
+            max_choices=engine.max_choices,
+            takes_images=prompter.takes_images,
         )
         self._started = int(time.time())
         self._grammars = Grammars()
@@ -265,6 +269,9 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
 
 
 def parse_json(data: bytes) -> object:
+    """Raises BadRequest where it is none, or holds more values than anybody needs: the loop stands still while it is read."""
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise BadRequest(f"the request body holds more than {MAX_VALUES} values")
     try:
         return msgspec.json.decode(data)
     except RecursionError:

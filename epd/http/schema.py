@@ -124,8 +124,10 @@ def parse_completion(body: object, limits: Limits) -> CompletionCall:
     options = _options(fields, limits, num_logprobs=num_logprobs, is_chat=False)
     if best_of not in (None, options.n):
         raise Unsupported("best_of is not supported beyond the value of n", param="best_of")
-    if options.n * len(prompts) > MAX_CHOICES:
-        raise BadRequest(f"{len(prompts)} prompts with n = {options.n} are more than {MAX_CHOICES} choices", param="n")
+    # Each prompt is let in by itself, so more than run at once would never all get in.
+    most = min(MAX_CHOICES, limits.max_choices)
+    if len(prompts) > 1 and options.n * len(prompts) > most:
+        raise BadRequest(f"{len(prompts)} prompts with n = {options.n} are more than {most} choices", param="n")
     fields.refuse_rest(_NEUTRAL_COMPLETION)
     return CompletionCall(options, prompts)
 
@@ -155,7 +157,7 @@ def _options(fields: Fields, limits: Limits, *, num_logprobs: int, is_chat: bool
         num_logprobs=num_logprobs,
         presence_penalty=fields.number("presence_penalty", low=-2, high=2, default=0.0),
         frequency_penalty=fields.number("frequency_penalty", low=-2, high=2, default=0.0),
-        repetition_penalty=fields.number("repetition_penalty", low=0, high=10, default=1.0, above=True),
+        repetition_penalty=fields.number("repetition_penalty", low=0.01, high=10, default=1.0),
         logit_bias=_logit_bias(fields, limits.vocab_size),
     )
     stop = _stop(fields)

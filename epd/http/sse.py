@@ -31,6 +31,7 @@ class EventStream:
         )
         self._gathered = b""
         self._is_quiet = True  # nothing was sent since the keeper last looked
+        self._is_flushing = False
         self._keeper: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> EventStream:
@@ -61,7 +62,9 @@ class EventStream:
         if self._gathered:
             gathered, self._gathered = self._gathered, b""
             self._is_quiet = False
+            self._is_flushing = True
             await self.response.write(gathered)
+            self._is_flushing = False
 
     @types.coroutine
     def next_of(self, source: AsyncGenerator[T, None]) -> Generator[Any, None, T]:
@@ -100,7 +103,8 @@ class EventStream:
     async def _keep_open(self) -> None:
         while True:
             await asyncio.sleep(self._keep_alive_s)
-            if self._is_quiet:
+            # Bytes that wait to be read keep it open as well, and whether they become fewer tells whether anybody reads.
+            if self._is_quiet and not self._is_flushing:
                 try:
                     await self.response.write(COMMENT)
                 except ConnectionError:

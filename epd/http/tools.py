@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-
 from epd.errors import BadRequest, Unsupported
 from epd.gateway.tools import Tool, Tools
-from epd.http.fields import Fields
+from epd.http.fields import MAX_DEPTH, Fields, is_deeper
 
 MAX_TOOLS = 128
-MAX_DEPTH = 100  # of a schema, or of arguments
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 _CHOICES = '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
@@ -44,16 +41,6 @@ def function_name(function: Fields) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise function.wrong("name", "1 to 64 letters, digits, underscores, dots or dashes", name)
     return name
-
-
-def is_deeper(value: object, depth: int) -> bool:
-    """Whether a JSON value has more than so many levels."""
-    if not isinstance(value, dict | list):
-        return False
-    if not depth:
-        return True
-    items: Sequence[object] = list(value.values()) if isinstance(value, dict) else value
-    return any(is_deeper(item, depth - 1) for item in items)
 
 
 def _tool(value: object, path: str) -> Tool:

@@ -15,7 +15,7 @@ from epd.http.messages import Limits
 from epd.http.routes import parse_json
 from epd.http.schema import parse_chat, parse_completion
 
-LIMITS = Limits(vocab_size=1000, max_images=2)
+LIMITS = Limits(vocab_size=1000, max_images=2, max_choices=256)
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 
@@ -65,7 +65,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"n": 129}, "n", "from 1 to 128"),
     ({"presence_penalty": 2.1}, "presence_penalty", "from -2 to 2"),
     ({"frequency_penalty": -2.1}, "frequency_penalty", "from -2 to 2"),
-    ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+    ({"repetition_penalty": 1e-38}, "repetition_penalty", "from 0.01 to 10"),
     ({"logit_bias": [1]}, "logit_bias", "must be an object"),
     ({"logit_bias": {"1000": 1}}, "logit_bias", "not a token id from 0 to 999"),
     ({"logit_bias": {"-1": 1}}, "logit_bias", "not a token id"),
@@ -106,6 +106,10 @@ BAD_CHATS: list[tuple[object, str, str]] = [
     (message(content=None), "messages[0].content", "required"),
     (message(content=3), "messages[0].content", "not a number"),
     (message(content=[]), "messages[0].content", "non-empty"),
+    (message(content=[{}] * 10_001), "messages[0].content", "10001 parts; at most 10000"),
+    (chat(messages=[{}] * 10_001), "messages", "10001 messages; at most 10000"),
+    (chat(structured_outputs={"json": '{"a":' * 101 + "1" + "}" * 101}), "structured_outputs.json", "more than 100 levels"),
+    (chat(structured_outputs={"json": "[" * 20_000}), "structured_outputs.json", "nested too deeply"),
     (message(name="bob"), "messages[0].name", "not supported"),
     (message(role="assistant", content=None), "messages[0].content", "required"),
     (message(role="assistant", tool_calls={}), "messages[0].tool_calls", "must be an array"),
@@ -226,7 +230,7 @@ def test_bad_completions_are_named_and_explained(body: object, param: str, words
 
 def test_a_text_model_refuses_images_where_they_stand() -> None:
     with pytest.raises(BadRequest, match="takes no images") as caught:
-        parse_chat(message(content=[IMAGE]), Limits(vocab_size=10, max_images=4, takes_images=False))
+        parse_chat(message(content=[IMAGE]), Limits(vocab_size=10, max_images=4, max_choices=8, takes_images=False))
     assert caught.value.param == "messages[0].content[0].image_url.url"
 
 
@@ -315,6 +319,21 @@ def test_a_result_is_of_the_last_calls() -> None:
     assert parse_chat(chat(messages=[asked("old"), result, asked("new")]), LIMITS)
     with pytest.raises(BadRequest, match='"old", which is no call'):
         parse_chat(chat(messages=[asked("old"), asked("new"), result]), LIMITS)
+
+
+def test_prompts_that_would_never_all_be_let_in_are_refused_at_once() -> None:
+    few = Limits(vocab_size=1000, max_images=2, max_choices=3)
+    body = {"model": "m", "prompt": ["a", "b"], "n": 2}
+    with pytest.raises(BadRequest, match="more than 3 choices"):
+        parse_completion(body, few)
+    assert parse_completion(body, LIMITS)
+    assert parse_completion({**body, "prompt": "a", "n": 8}, few)  # alone, it is let in
+
+
+def test_a_body_with_far_too_many_values_is_not_even_read() -> None:
+    with pytest.raises(BadRequest, match="more than 1000000 values"):
+        parse_json(b"[" + b"[]," * 1_000_000 + b"[]]")
+    assert parse_json(b'{"image": "' + b"A" * 2_000_000 + b'"}')
 
 
 def test_images_keep_their_order_and_know_where_they_stand() -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from epd.errors import BadRequest
 from epd.gateway.tools import Tools
-from epd.http.fields import Fields
-from epd.http.tools import MAX_DEPTH, MAX_TOOLS, parse_tools
+from epd.http.fields import MAX_DEPTH, Fields
+from epd.http.tools import MAX_TOOLS, parse_tools
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 

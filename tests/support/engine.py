@@ -43,6 +43,7 @@ class ScriptedEngine:
         self.script = script
         self.model_name = MODEL
         self.max_model_len = max_model_len
+        self.max_choices = 256
         self.requests: list[GenerateRequest] = []
         self.num_open = 0
         self.num_closed = 0
