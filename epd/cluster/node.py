@@ -9,7 +9,8 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from epd.cluster.build import StageParts
 
 FIND_TIMEOUT_S = 5.0
+CRASH_GRACE_S = 2.0  # for this gateway's requests to be answered with what ended them, when they have tried again in vain
 _log = Log("node")
 
 
@@ -74,6 +76,8 @@ class Node:
         self._on_ready = on_ready
         self._stop = asyncio.Event()
         self._error: EpdError | None = None
+        self._has_crashed = False
+        self._on_crash: Callable[[], None] = _nothing  # ends a drain that is under way
         self._url = ""
         self._started = time.monotonic()
         name = config.link.worker or f"{'-'.join(config.roles)}-{secrets.token_hex(3)}"
@@ -94,7 +98,7 @@ class Node:
         """Serve until stopped.
 
         Raises:
-            EpdError: it could not start, or the cluster does not take it in.
+            EpdError: it could not start, the cluster does not take it in, or a stage has crashed.
         """
         config = self._config
         folder, model = await asyncio.to_thread(self._read_model)
@@ -120,9 +124,11 @@ class Node:
                 membership = await self._start_stages(system, parts, mark, pulse)
             await self._stop.wait()
         finally:
-            await self._wind_down(system, self._front, membership)
-            if parts is not None:
-                parts.close()
+            try:
+                await self._wind_down(system, self._front, membership)
+            finally:
+                if parts is not None:
+                    parts.close()
         if self._error is not None:
             raise self._error
 
@@ -259,20 +265,54 @@ class Node:
     def _crashed(self, role: str, error: Exception) -> None:
         """A stage that has lost its state cannot go on; whoever supervises the process starts it afresh."""
         _log.error("a stage crashed", role=role, error=error)
+        self._error = self._error or InternalError(f"the {role} stage crashed: {type(error).__name__}: {error}")
+        self._has_crashed = True
         self._stop.set()
+        self._on_crash()
 
     async def _wind_down(self, system: System, front: _Front | None, membership: Membership | None) -> None:
         """First no new requests, then none running, then no links."""
+        try:
+            await self._drain(front, membership)
+        finally:
+            if front is not None:
+                await front.http.stop()
+            await system.stop()
+            if front is not None and front.tracer is not None:
+                await asyncio.to_thread(front.tracer.close)
+
+    async def _drain(self, front: _Front | None, membership: Membership | None) -> None:
+        """Take nothing new and let what runs finish, unless a stage has crashed.
+
+        All requests of a crashed stage have been answered already, and it will never be idle. The other stages use its device
+        and are not waited for: their end answers what they hold, peers see the link go, and it is tried again elsewhere.
+        """
         timeout_s = self._config.admission.drain_timeout_s
         if front is not None:
-            await front.http.drain(timeout_s)
-        if membership is not None:
-            await membership.drain(0.0 if front is not None else timeout_s)
-        if front is not None:
-            await front.http.stop()
-        await system.stop()
-        if front is not None and front.tracer is not None:
-            await asyncio.to_thread(front.tracer.close)
+            async with self._until_crash(CRASH_GRACE_S):
+                await front.http.drain(timeout_s)
+        if membership is not None and not self._has_crashed:
+            async with self._until_crash(0.0):
+                await membership.drain(0.0 if front is not None else timeout_s)
+
+    @asynccontextmanager
+    async def _until_crash(self, grace_s: float) -> AsyncIterator[None]:
+        """What is waited for within is given up so long after a crash, whenever that comes."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(None) as bound:
+                self._on_crash = lambda: bound.reschedule(loop.time() + grace_s)
+                if self._has_crashed:
+                    self._on_crash()
+                yield
+        except TimeoutError:
+            pass
+        finally:
+            self._on_crash = _nothing
+
+
+def _nothing() -> None:
+    """Nothing is being drained."""
 
 
 def model_name(path_or_hub_id: str) -> str:

@@ -89,5 +89,25 @@ async def test_a_prefill_worker_killed_under_transfers(name: str, cluster: Proce
     cluster.wait_until_idle()  # and no owner has found its pool written to
 
 
+async def test_a_device_that_fails_under_decode(name: str, cluster: ProcessCluster, wanted: list[Said]) -> None:
+    """The process ends with an error, not when its drain time is over, and is started again: its streams go on there."""
+    if name != "no device":
+        pytest.skip("nobody breaks a real device")
+    before = cluster.workers()
+    async with session(cluster.url) as client:
+        asked = [asyncio.create_task(ask(client, case)) for case in PROMPTS]
+        await asyncio.to_thread(cluster.wait_until, lambda: any(map(runs, cluster.stages())), "decode to have begun")
+        os.kill(before["decode-0"], signal.SIGUSR1)
+        assert [await each for each in asked] == wanted
+    await asyncio.to_thread(cluster.wait_for_workers, list(before), other_than=[before["decode-0"]])
+    (ended,) = [line for line in cluster.process.errors if "process ended" in line and "decode-0" in line]
+    assert "status=1" in ended
+    cluster.wait_until_idle()
+
+
+def runs(stage: dict[str, Any]) -> bool:
+    return bool(stage["role"] == "decode" and stage["num_running"])
+
+
 def rungs(cluster: dict[str, Any]) -> set[str]:
     return {link["rung"] for worker in cluster["workers"] for link in worker["links"]}

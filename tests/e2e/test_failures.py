@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ import pytest
 import uvloop
 
 from epd.decode.actor import DecodeActor
+from epd.errors import InternalError
 from epd.prefill.actor import PrefillActor
+from epd.stage import StageActor
 from epd.transfer.receiver import Receiver
+from gpu.errors import DeviceFailed
 from gpu.pool import Destination
 from protocol.messages import EmbeddingRef, Endpoint, KVRef
 from tests.e2e.mix import Case, Said, ask, ask_at_once, chat, counting, session
@@ -27,8 +31,11 @@ from tests.support.cluster import (
     ALL_ROLES,
     APART,
     ClusterFailed,
+    Member,
+    NodeCluster,
     ProcessCluster,
     children,
+    eventually,
     is_alive,
     mapped_pools,
     node_cluster,
@@ -283,6 +290,79 @@ async def check_back(pairs: ProcessCluster, worker: str, pid: int) -> None:
     await asyncio.to_thread(pairs.wait_for_workers, WORKERS)
     assert pairs.workers()[worker] == pid
     pairs.wait_until_idle()
+
+
+# --- a stage that crashes -------------------------------------------------------------------------------------------
+
+# Whoever waits for the drain of what has crashed waits in vain, and longer than any test.
+PATIENT = ("--drain-timeout-s", "600", "--lease-s", "600")
+TWO_OF_ALL = ("gateway", "encode,prefill,decode", "encode,prefill,decode")
+
+
+def break_device(stage: StageActor) -> None:
+    """No step works there from now on."""
+
+    def fail(*_: object) -> None:
+        raise DeviceFailed("an illegal address")
+
+    setattr(stage._runner, "encode_patches" if stage.role == "encode" else "execute", fail)  # type: ignore[attr-defined]
+
+
+async def check_ended(cluster: NodeCluster, member: Member, role: str) -> None:
+    """The node has ended by itself, and says why."""
+    await asyncio.wait([member.task], timeout=30)
+    assert member.task.done()
+    cluster.members.remove(member)
+    with pytest.raises(InternalError, match=f"the {role} stage crashed: DeviceFailed: an illegal address"):
+        member.task.result()
+
+
+@pytest.mark.parametrize(("role", "at"), [("encode", 0), ("prefill", 0), ("decode", 80)])
+async def test_a_stage_that_crashes_ends_its_process_at_once(wanted: dict[str, Said], role: str, at: int) -> None:
+    """Its requests, and those of the other stages there, go on at the other worker."""
+    of = [*LONG, *IMAGES]
+    async with node_cluster(TWO_OF_ALL, *PATIENT, "--max-chunk-tokens", "16") as cluster:
+        victim = cluster.members[1]
+        if at:
+            await disturb(cluster.url, of, wanted, at, lambda: break_device(victim.stage(role)))
+        else:
+            break_device(victim.stage(role))
+            await disturb(cluster.url, of, wanted, 1, lambda: None)
+        await check_ended(cluster, victim, role)
+        await cluster.idle()
+
+
+async def test_a_stage_that_crashes_while_it_is_drained(wanted: dict[str, Said]) -> None:
+    async with node_cluster(TWO_OF_ALL, *PATIENT) as cluster:
+        victim = cluster.members[1]
+        stage, loop = victim.stage("decode"), asyncio.get_running_loop()
+        async with session(cluster.url) as client:
+            trigger = Trigger(40, lambda: loop.call_soon_threadsafe(victim.node.stop))
+            streams = asyncio.gather(*(stream(client, case, trigger) for case in LONG))
+            await eventually(partial(is_draining, stage), "the worker to be drained")
+            assert not stage.is_idle()
+            break_device(stage)
+            compare(LONG, wanted, await streams)
+        await check_ended(cluster, victim, "decode")
+        await cluster.idle()
+
+
+async def is_draining(stage: StageActor) -> bool:
+    return stage.is_draining
+
+
+async def test_a_stage_that_crashes_beside_its_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else can go on with its requests: their clients are told so, and the process ends."""
+    monkeypatch.setattr("epd.http.app._CLOSE_S", 0.01)  # whoever has not been told when the endpoint closes is cut off
+    async with node_cluster((ALL_ROLES,), *PATIENT) as cluster:
+        (alone,) = cluster.members
+        trigger = Trigger(10, lambda: break_device(alone.stage("decode")))
+        async with session(cluster.url) as client:
+            ends = await asyncio.gather(*(stream(client, case, trigger) for case in LONG[:3]), return_exceptions=True)
+        for end in ends:
+            assert isinstance(end, ClusterFailed)
+            assert "unavailable" in str(end)
+        await check_ended(cluster, alone, "decode")
 
 
 # --- leaving --------------------------------------------------------------------------------------------------------
