@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import uvloop
 
 from epd.cluster.banner import banner
-from epd.cluster.launcher import BAD_CONFIG_STATUS, Launcher, check_port
+from epd.cluster.launcher import BAD_CONFIG_STATUS, TEXT_AND_IMAGES, Launcher, check_port
 from epd.cluster.node import Node
 from epd.config import ClusterConfig, PlanConfig, ServeConfig, TopConfig, parse
 from epd.errors import BadConfig, EpdError
@@ -52,10 +52,12 @@ def _serve(config: ServeConfig) -> int:
 
 async def _run_node(config: ServeConfig) -> None:
     def say(word: str, text: str) -> None:
+        is_endpoint = word == "ready" and "gateway" in config.roles
         if config.is_supervised:
-            print(word, text, flush=True)
-        elif word == "ready" and "gateway" in config.roles:
-            print(banner([text], config), flush=True)
+            inputs = [TEXT_AND_IMAGES if node.takes_images else "text"] if is_endpoint else []
+            print(word, text, *inputs, flush=True)
+        elif is_endpoint:
+            print(banner([text], config, takes_images=node.takes_images), flush=True)
         else:
             print(f"epd: {word} {text}", flush=True)
 

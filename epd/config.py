@@ -97,6 +97,12 @@ class ServeConfig:
     admission: AdmissionConfig
     observe: ObserveConfig
 
+    @property
+    def model_name(self) -> str:
+        """What the model is called in the API: as told, or the folder's name, or the hub id."""
+        folder = Path(self.model).expanduser()
+        return self.served_model_name or (folder.resolve().name if folder.is_dir() else self.model)
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:

@@ -10,29 +10,30 @@ from PIL import Image, ImageDraw
 
 from epd.config import ServeConfig
 
+_IMAGE_AND_TEXT = """[
+    {{"type": "image_url", "image_url": {{"url": "{image}"}}}},
+    {{"type": "text", "text": "What is in this image?"}}]"""
 
-def banner(urls: Sequence[str], config: ServeConfig) -> str:
-    """`urls` are the bases of the endpoints, such as http://127.0.0.1:8000."""
+
+def banner(urls: Sequence[str], config: ServeConfig, *, takes_images: bool) -> str:
+    """`urls` are the bases of the endpoints, such as http://127.0.0.1:8000; `takes_images`: the model does."""
     url, *others = urls
     also = f" and at {', '.join(others)}" if others else ""
-    model = config.served_model_name or config.model.rstrip("/").rsplit("/", 1)[-1]
     key = f" -H 'Authorization: Bearer {config.http.api_key}'" if config.http.api_key else ""
-    image = example_image()
+    content = _IMAGE_AND_TEXT.format(image=example_image()) if takes_images else '"Count from 7 to 40."'
     return f"""
 epd is ready at {url}{also}  (chat at /v1/chat/completions, health at /ready, workers at /v1/cluster). Ctrl-C stops it.
 
 With curl:
 
 curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{{
-  "model": "{model}", "stream": true, "temperature": 0, "messages": [{{"role": "user", "content": [
-    {{"type": "image_url", "image_url": {{"url": "{image}"}}}},
-    {{"type": "text", "text": "What is in this image?"}}]}}]}}'
+  "model": "{config.model_name}", "stream": true, "temperature": 0, "messages": [{{"role": "user", "content": {content}}}]}}'
 
 With the openai client (pip install openai):
 
 from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key="{config.http.api_key or "none"}")
-for chunk in client.chat.completions.create(model="{model}", stream=True, temperature=0,
+for chunk in client.chat.completions.create(model="{config.model_name}", stream=True, temperature=0,
         messages=[{{"role": "user", "content": "Count from 7 to 40."}}]):
     print(chunk.choices[0].delta.content or "", end="", flush=True)
 """

@@ -2,8 +2,9 @@
 
 Owns: the processes. Knows: which command starts which worker, what their progress lines say. Does not know: what they do.
 
-A process tells its progress in lines on its standard output (`progress TEXT` and `ready TEXT`). Its standard input stays open as
-long as this process lives: when it closes, the process stops by itself, so that nothing outlives a killed launcher.
+A process tells its progress in lines on its standard output (`progress TEXT` and `ready TEXT`, a gateway `ready URL INPUTS`). Its
+standard input stays open as long as this process lives: when it closes, the process stops by itself, so that nothing outlives a
+killed launcher.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ FIRST_BACKOFF_S = 0.25
 MAX_BACKOFF_S = 10.0
 STEADY_S = 30.0  # a process that lived this long starts again without back-off
 KILL_GRACE_S = 5.0
+TEXT_AND_IMAGES = "text+images"  # what a gateway says that its model takes; anything else: text
 _log = Log("cluster")
 
 
@@ -58,6 +60,7 @@ class Launcher:
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
         self._status = 0
+        self._takes_images = False  # the model does, as its gateways have told
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -150,9 +153,11 @@ class Launcher:
         print(f"  {member.name:<{self._width}} ready{again}{taken}", flush=True)
         member.is_ready = True
         if member.roles == "gateway":
-            member.url = text
+            member.url, _, inputs = text.partition(" ")
+            self._takes_images = inputs == TEXT_AND_IMAGES
         if all(other.is_ready for other in self._members) and not again:
-            print(banner([other.url for other in self._members if other.url], self._config.serve), flush=True)
+            urls = [other.url for other in self._members if other.url]
+            print(banner(urls, self._config.serve, takes_images=self._takes_images), flush=True)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

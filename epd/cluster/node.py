@@ -84,6 +84,7 @@ class Node:
         self._worker = WorkerId(name)
         self.system: System | None = None  # from `run` on
         self.stages: tuple[StageActor, ...] = ()  # once they are registered
+        self.takes_images = False  # the model does; known from `on_ready` on
         self._front: _Front | None = None
 
     def stop(self) -> None:
@@ -102,6 +103,7 @@ class Node:
         """
         config = self._config
         folder, model = await asyncio.to_thread(self._read_model)
+        self.takes_images = model.vision is not None
         parts = await self._load_unless_stopped(folder, model)
         system = self.system = System(
             worker=self._worker,
@@ -181,8 +183,7 @@ class Node:
             prompter.max_model_len = fleet.max_model_len(longest)
 
         slo = Slo(ttft_s=config.observe.slo_ttft_s, tpot_s=config.observe.slo_tpot_s)
-        served_name = config.served_model_name or model_name(config.model)
-        tracer = open_tracer(config.observe.otlp_endpoint, model=served_name) if config.observe.otlp_endpoint else None
+        tracer = open_tracer(config.observe.otlp_endpoint, model=config.model_name) if config.observe.otlp_endpoint else None
         observer = Observer(GatewayMetrics(slo), clock=clock, trace=tracer)
         fleet = Fleet(
             Placement(block_size=config.engine.block_size, together=config.placement == "together"),
@@ -200,7 +201,7 @@ class Node:
         limits = config.admission
         admission = Admission(max_requests=limits.max_requests, max_prompt_tokens=limits.max_prompt_tokens)
         gateway = Gateway(
-            model_name=served_name,
+            model_name=config.model_name,
             tokenizer=prompter.tokenizer,
             stages=Stages(system, fleet, router, clock, observer),
             admission=admission,
@@ -313,9 +314,3 @@ class Node:
 
 def _nothing() -> None:
     """Nothing is being drained."""
-
-
-def model_name(path_or_hub_id: str) -> str:
-    """What a model is called in the API unless it is told: the folder's name, or the hub id."""
-    path = Path(path_or_hub_id)
-    return path.resolve().name if path.is_dir() else path_or_hub_id

@@ -22,7 +22,6 @@ import uvloop
 
 from epd.clock import monotonic
 from epd.cluster.build import budget_beside_decode
-from epd.cluster.node import model_name
 from epd.cluster.sizes import EMBEDDING_BLOCK_ROWS, budget_lines
 from epd.cluster.stack import Stack, open_stack
 from epd.config import EngineConfig, ServeConfig, parse
@@ -124,7 +123,7 @@ class Colocated:
         self._stack, self._tokenizer = stack, prompter.tokenizer
         self._merge = model.vision.merge_size if model.vision is not None else 1
         self._eos = frozenset(model.eos_token_ids)
-        self.model_name = config.served_model_name or model_name(config.model)
+        self.model_name = config.model_name
         self.max_model_len = prompter.max_model_len = min(prompter.max_model_len, sizes.max_model_len)
         self._free = list(range(sizes.num_kv_blocks))
         self._waiting: deque[Running] = deque()
