@@ -48,6 +48,8 @@ class StageActor(Actor):
         self.neighbours: tuple[StageActor, ...] = ()  # stages that take blocks from the same pool
         self._wake = asyncio.Event()
         self._went_idle = asyncio.Event()
+        self._was_idle = False  # when last looked at
+        self._num_proved = 0  # steps before the last proof
         self._log = Log(self.role)
 
     async def started(self) -> None:
@@ -86,6 +88,13 @@ class StageActor(Actor):
             if figure is not None:
                 self.spread.observe(figure, span.end_s - span.start_s)
         return spans
+
+    @property
+    def has_pool_to_itself(self) -> bool:
+        """Nobody else holds blocks of it now, so that its counts can be compared with this stage's own tables. (With everybody's
+        tables they could at any time, but whoever works meanwhile would wait for it.)
+        """
+        return all(neighbour.is_idle() for neighbour in self.neighbours)
 
     def refuse_if_draining(self) -> None:
         if self.is_draining:
@@ -129,17 +138,21 @@ class StageActor(Actor):
                 await asyncio.sleep(0)
 
     async def _sweep(self) -> None:
-        was_idle = False
         while True:
             await asyncio.sleep(SWEEP_S)
-            self.sweep(self.clock())
-            is_idle = self.is_idle()
-            if is_idle:
-                self._went_idle.set()
-                if not was_idle:  # once per pause: a large pool takes milliseconds to prove
-                    self._prove()
-            was_idle = is_idle
-            self.wake()
+            self.look_round()
+
+    def look_round(self) -> None:
+        """Let go of what has expired; at idle, prove what is owned, once per pause: a large pool takes milliseconds."""
+        self.sweep(self.clock())
+        is_idle = self.is_idle()
+        if is_idle:
+            self._went_idle.set()
+            if not self._was_idle or self.num_steps != self._num_proved:  # there may have been work since, and nobody saw it
+                self._num_proved = self.num_steps
+                self._prove()
+        self._was_idle = is_idle
+        self.wake()
 
     def _prove(self) -> None:
         try:

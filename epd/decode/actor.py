@@ -68,6 +68,7 @@ class DecodeActor(StageActor):
         self._merge_size = merge_size
         self._shares_pool = shares_pool
         self._entries: dict[RequestId, Entry] = {}
+        self._adopting: list[Adopting] = []  # of requests that are here, or have just left
         self._outbox = Outbox(self)
 
     # --- messages ---------------------------------------------------------------------------------------------------
@@ -161,6 +162,7 @@ class DecodeActor(StageActor):
         """Take over the blocks that prefill wrote in the pool that both use."""
         request = entry.request
         adopting = Adopting(self._blocks, self._receiver)
+        self._adopting.append(adopting)
         try:
             handoff = await self._pull(entry, adopting)
             is_running = self._scheduler.adopt(request, adopting.table, handoff.token)
@@ -170,6 +172,7 @@ class DecodeActor(StageActor):
             self._fail(entry, error)
         finally:
             adopting.give_back()
+            self._adopting.remove(adopting)
             self.freed()
 
     async def _pull(self, entry: Entry, taker: Copying | Adopting) -> Handoff:
@@ -332,13 +335,10 @@ class DecodeActor(StageActor):
         return self._receiver.links()
 
     def is_idle(self) -> bool:
-        return self._scheduler.is_idle() and not self._entries
-
-    def tables(self) -> list[list[int]]:
-        return [list(table) for table in self._scheduler.tables()]
+        return self._scheduler.is_idle() and not self._entries and not self._adopting
 
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
         self._memory.check_integrity()
-        if not self._shares_pool:
-            self._blocks.check_integrity(self.tables())
+        if self.has_pool_to_itself:
+            self._blocks.check_integrity([*self._scheduler.tables(), *(adopting.table for adopting in self._adopting)])

@@ -354,12 +354,11 @@ class PrefillActor(StageActor):
     def is_idle(self) -> bool:
         return self._scheduler.is_idle() and not self._entries and not self._blocks.num_leases and not len(self._early)
 
-    def tables(self) -> list[list[int]]:
-        return [list(table) for table in self._scheduler.tables()]
-
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
         self._memory.check_integrity()
+        if self.has_pool_to_itself:
+            self._blocks.check_integrity(self._scheduler.tables())
         known = {
             request_id for request_id, entry in self._entries.items() if self._scheduler.get(request_id) is not entry.request
         }

@@ -77,7 +77,7 @@ async def _bench() -> AsyncIterator[_Bench]:
                 lambda: all(each.decode.actor.is_idle() and each.prefill.actor.is_idle() for each in bench.workers.values())
             )
             for each in bench.workers.values():
-                each.prefill.check(each.decode)
+                each.prefill.actor.check_integrity()
                 assert each.prefill.blocks.is_idle()
     finally:
         backend.close()

@@ -269,7 +269,7 @@ async def test_a_device_that_fails_ends_the_stage_and_its_requests_go_on_elsewhe
                     (busy,) = [name for name, stage in made.decode.items() if not stage.actor.is_idle()]
                     made.decode[busy].runner.error = DeviceFailed("an illegal address")
         assert got == due
-        assert len(made.decode[busy].actor.tables()) > 0  # it stopped as it was: nothing there is worth a try
+        assert len(made.decode[busy].scheduler.tables()) > 0  # it stopped as it was: nothing there is worth a try
         await made.lose(busy)
 
 

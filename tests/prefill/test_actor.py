@@ -93,7 +93,7 @@ async def test_what_is_done_waits_for_decode_as_long_as_its_asker_is_there() -> 
             clock.advance(30.0)
             stage.actor.sweep(clock())
             assert stage.actor.is_idle()
-            stage.check()
+            stage.actor.check_integrity()
     finally:
         backend.close()
 
@@ -146,6 +146,6 @@ async def test_what_was_handed_over_and_not_fetched_goes_with_its_asker() -> Non
             assert stage.actor.load().num_leases == 1
             await gateway.stop()
             await until(lambda: not stage.actor.load().num_leases)
-            stage.check()
+            stage.actor.check_integrity()
     finally:
         backend.close()

@@ -175,11 +175,6 @@ class PrefillStage:
     blocks: BlockPool
     memory: HostPool
 
-    def check(self, *others: DecodeStage) -> None:
-        self.actor.check_integrity()
-        tables = [*self.actor.tables(), *(table for other in others for table in other.actor.tables())]
-        self.blocks.check_integrity(tables)
-
 
 @dataclass
 class DecodeStage:
