@@ -29,7 +29,6 @@ class GenerateRequest:
     n: int = 1
     stop: tuple[str, ...] = ()  # stop strings; looked for in the detokenized text
     deadline_s: float = 600.0
-    cache_salt: str = ""
     timeline: Timeline | None = None  # filled while the request runs; None: nobody wants it
     traceparent: str = ""  # the client's headers of W3C trace context, as they came
     tracestate: str = ""

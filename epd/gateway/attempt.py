@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 
 from epd.clock import Clock
-from epd.errors import DeadlineExceeded, EpdError, InternalError, PeerLost, StaleHandle
+from epd.errors import DeadlineExceeded, EpdError, InternalError, PeerLost
 from epd.gateway.fleet import Fleet, Placed
 from epd.gateway.observer import Observer
 from epd.gateway.router import TokenRouter
@@ -114,12 +114,12 @@ class Attempt:
         overdue = DeadlineExceeded(f"the request did not finish within {self._request.deadline_s:g} s")
         self._timer = loop.call_later(self._time_left(), self._events.put_nowait, overdue)
         self._stages.router.attach(self._request_id, self._epoch, self._on_token)
-        self._begin(self._prefill(), suspect=self._placed.prefill.worker)
+        self._begin(self._prefill(), role="prefill")
         # The first token always comes from prefill: with room for one only there is nothing to decode.
         if self._needs_decode:
-            self._decoding = self._begin(self._decode(), suspect=self._placed.decode.worker)
+            self._decoding = self._begin(self._decode(), role="decode")
         for index in range(len(self._request.images)):
-            self._provides.append(self._begin(self._provide(index), suspect=None))
+            self._provides.append(self._begin(self._provide(index), role="encode"))
         return self
 
     async def next_event(self) -> Event:
@@ -262,13 +262,14 @@ class Attempt:
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
-    def _begin(self, work: Coroutine[None, None, None], *, suspect: WorkerId | None) -> asyncio.Task[None]:
+    def _begin(self, work: Coroutine[None, None, None], *, role: str) -> asyncio.Task[None]:
         async def guarded() -> None:
             try:
                 await work
             except Exception as error:
-                if isinstance(error, PeerLost | StaleHandle | EpdError) and self.suspect is None:
-                    self.suspect = suspect
+                self._placed.failed(role)
+                if role != "encode":  # an image has been to several workers: it was none of them alone
+                    self.suspect = self.suspect or self._at(role).worker
                 self._events.put_nowait(error)
 
         self._tasks.append(asyncio.create_task(guarded(), name=f"attempt {self._request_id}#{self._epoch}"))

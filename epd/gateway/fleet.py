@@ -61,16 +61,20 @@ class Placed:
         self._placement = placement
         self.assignments = assignments
         self._of_prefill, self._of_decode = assignments
-        self._is_prefilled = False
 
     def prefilled(self) -> None:
         """The prefill worker is done with it."""
-        self._is_prefilled = True
         self._placement.end(self._of_prefill)
 
-    def release(self, *, failed: bool = False) -> None:
-        self._placement.end(self._of_prefill, failed=failed and not self._is_prefilled)
-        self._placement.end(self._of_decode, failed=failed)
+    def failed(self, role: str) -> None:
+        """A stage has failed. Whichever it was, decode has not got what it was to have cached; prefill has what it computed."""
+        self._placement.end(self._of_decode, failed=True)
+        if role == "prefill":
+            self._placement.end(self._of_prefill, failed=True)
+
+    def release(self) -> None:
+        for assignment in self.assignments:
+            self._placement.end(assignment)
 
 
 class Fleet(Actor):
@@ -188,16 +192,19 @@ class Fleet(Actor):
     # --- choosing ---------------------------------------------------------------------------------------------------
 
     async def place(
-        self, token_ids: tuple[int, ...], request: GenerateRequest, *, avoid: frozenset[WorkerId], timeout_s: float
+        self, token_ids: tuple[int, ...], request: GenerateRequest, *, salt: str, avoid: frozenset[WorkerId], timeout_s: float
     ) -> Placed:
         """Choose a prefill and a decode worker; waits, within bounds, until there is one of each.
+
+        Args:
+            salt: what the stages will fold into the prompt's hashes: nobody is taken for what it has cached under another.
 
         Raises:
             Unavailable: nobody came.
         """
         prefix = np.asarray(token_ids[: MAX_HASHED_BLOCKS * self._block_size], dtype=np.int32)
         items = [image.item for image in request.images]
-        hashes = block_hashes(prefix, items, self._block_size, request.cache_salt)
+        hashes = block_hashes(prefix, items, self._block_size, salt)
 
         def choose() -> Placed:
             of_prefill = self._placement.place_prefill(hashes, len(token_ids), avoid=avoid)

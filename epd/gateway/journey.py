@@ -58,7 +58,7 @@ class Journey:
         self._output: list[int] = []
         self._epoch = 0
         self._num_failed = 0
-        self._salt = request.cache_salt
+        self._salt = ""
         self._avoid: set[WorkerId] = set()
         self._attempt_began_s = 0.0  # on the timeline
         self._ended_early_at: float | None = None  # when the last attempt did, until a token has come after it
@@ -91,7 +91,7 @@ class Journey:
         timeline = self._request.timeline
         began_s = self._attempt_began_s = timeline.now() if timeline is not None else 0.0
         placed = await self._stages.fleet.place(
-            token_ids, self._request, avoid=frozenset(self._avoid), timeout_s=self._time_left()
+            token_ids, self._request, salt=self._salt, avoid=frozenset(self._avoid), timeout_s=self._time_left()
         )
         if timeline is not None:
             timeline.add("placement", "gateway", began_s)
@@ -143,7 +143,7 @@ class Journey:
             self._request.timeline.add(name, "gateway", self._attempt_began_s, worker=suspect)
         if isinstance(error, CorruptTransfer):
             # It may be the owner's own memory that is spoilt, and then its prefix cache is not to be trusted for this prompt.
-            self._salt = f"{self._request.cache_salt}#{self.request_id}#{self._epoch}"
+            self._salt = f"{self.request_id}#{self._epoch}"
         if not error.retryable or self._num_failed >= MAX_FAILED_ATTEMPTS:
             raise error
         _log.warning("trying again", request=self.request_id, reason=f"{error.code}: {error.message}", failed=self._num_failed)

@@ -126,8 +126,8 @@ async def test_text_models_need_no_encode_worker() -> None:
 async def test_work_waits_for_a_worker_and_not_for_ever() -> None:
     async with _fleet() as (fleet, _, worker):
         with pytest.raises(Unavailable, match="prefill"):
-            await fleet.place(REQUEST.token_ids, REQUEST, avoid=frozenset(), timeout_s=0)
-        waiting = asyncio.create_task(fleet.place(REQUEST.token_ids, REQUEST, avoid=frozenset(), timeout_s=20))
+            await fleet.place(REQUEST.token_ids, REQUEST, salt="", avoid=frozenset(), timeout_s=0)
+        waiting = asyncio.create_task(fleet.place(REQUEST.token_ids, REQUEST, salt="", avoid=frozenset(), timeout_s=20))
         await worker.ask(DIRECTORY, _join(worker, "prefill"), timeout_s=5)
         await asyncio.sleep(0)
         assert not waiting.done()
@@ -140,10 +140,51 @@ async def test_work_waits_for_a_worker_and_not_for_ever() -> None:
         assert [fleet._placement.num_given(worker.worker, role) for role in ("prefill", "decode")] == [0, 0]
 
 
+async def _expected_cached(fleet: Fleet, salt: str = "") -> tuple[int, int]:
+    """Tokens of the request that prefill and decode are expected to have."""
+    placed = await fleet.place(REQUEST.token_ids, REQUEST, salt=salt, avoid=frozenset(), timeout_s=0)
+    placed.failed("prefill")  # so that asking alters nothing
+    of_prefill, of_decode = placed.assignments
+    return of_prefill.num_cached_tokens, of_decode.num_cached_tokens
+
+
+@pytest.mark.parametrize(
+    ("failed", "is_prefilled", "expected"),
+    [
+        (None, False, (39, 40)),
+        ("prefill", False, (0, 0)),
+        ("decode", False, (39, 0)),
+        ("decode", True, (39, 0)),
+        ("encode", False, (39, 0)),
+    ],
+)
+async def test_what_failed_is_not_expected_in_caches(failed: str | None, is_prefilled: bool, expected: tuple[int, int]) -> None:
+    async with _fleet() as (fleet, _, worker):
+        await worker.ask(DIRECTORY, _join(worker, "prefill", "decode"), timeout_s=5)
+        placed = await fleet.place(REQUEST.token_ids, REQUEST, salt="", avoid=frozenset(), timeout_s=0)
+        if is_prefilled:
+            placed.prefilled()
+        if failed is not None:
+            placed.failed(failed)
+        placed.release()
+        assert await _expected_cached(fleet) == expected
+        assert await _expected_cached(fleet) == expected
+        fleet.check_integrity()
+        assert fleet._placement.num_outstanding("prefill") == fleet._placement.num_outstanding("decode") == 0
+
+
+async def test_nobody_is_expected_to_have_cached_what_has_another_salt() -> None:
+    async with _fleet() as (fleet, _, worker):
+        await worker.ask(DIRECTORY, _join(worker, "prefill", "decode"), timeout_s=5)
+        (await fleet.place(REQUEST.token_ids, REQUEST, salt="", avoid=frozenset(), timeout_s=0)).release()
+        assert await _expected_cached(fleet, "salt") == (0, 0)
+        assert await _expected_cached(fleet) == (39, 40)
+
+
 async def test_an_encoder_is_busy_while_it_is_used() -> None:
     async with _fleet() as (fleet, _, worker):
         await worker.ask(DIRECTORY, _join(worker, "encode", "prefill", "decode"), timeout_s=5)
-        placed = await fleet.place(REQUEST.token_ids, REQUEST, avoid=frozenset(), timeout_s=0)
+        placed = await fleet.place(REQUEST.token_ids, REQUEST, salt="", avoid=frozenset(), timeout_s=0)
         async with fleet.encoder(item(b"x", 0, 3), placed, avoid=frozenset(), timeout_s=1) as endpoint:
             assert endpoint == worker.endpoint
             assert fleet._placement.num_given(worker.worker, "encode") == 1

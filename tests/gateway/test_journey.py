@@ -7,10 +7,12 @@ import dataclasses
 from collections import Counter
 from contextlib import aclosing
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from epd.errors import BadImage, DeadlineExceeded, InternalError
+from epd.gateway.fleet import Placed
 from epd.gateway.journey import State
 from epd.microkernel.actor import Mail
 from epd.request import GenerateRequest
@@ -218,9 +220,11 @@ async def test_corrupt_kv_is_refused_and_prefilled_again(allowed: str, monkeypat
             return sums
 
         monkeypatch.setattr(memory, "checksum", checksum)
-        # The spoilt block is in the prefix cache: the next attempt must not find it there.
+        placings = _placings(made, monkeypatch)
+        # The spoilt block is in the prefix cache: the next attempt must not find it there, nor be sent there for its sake.
         assert await made.run(made.request(PROMPT, 6)) == expected_tokens(PROMPT, 6)
         assert corrupted
+        assert [placed.assignments[0].num_cached_tokens for placed in placings] == [0, 0]
 
 
 async def test_a_broken_image_ends_the_request_and_says_so() -> None:
@@ -299,6 +303,33 @@ async def test_a_full_decode_pool_preempts_and_alters_nothing(in_flight: int) ->
         results = await together(*(made.run(made.request(prompt, 40)) for prompt in prompts))
         assert results == [expected_tokens(prompt, 40) for prompt in prompts]
         assert made.decode["d0"].scheduler.num_preemptions > 0
+
+
+def _placings(made: World, monkeypatch: pytest.MonkeyPatch) -> list[Placed]:
+    """Where attempts are placed, from now on."""
+    place, placings = made.fleet.place, []
+
+    async def noted(*args: Any, **options: Any) -> Placed:
+        placings.append(await place(*args, **options))
+        return placings[-1]
+
+    monkeypatch.setattr(made.fleet, "place", noted)
+    return placings
+
+
+@pytest.mark.parametrize(("role", "expected"), [("prefill", [(0, 0), (0, 0)]), ("decode", [(0, 0), (20, 0)])])
+async def test_who_failed_is_not_sent_the_same_prompt_for_its_cache(
+    role: str, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(THREE) as made:
+        (stage,) = getattr(made, role).values()
+        placings = _placings(made, monkeypatch)
+        stage.runner.error = ValueError("out of luck")
+        with pytest.raises(InternalError):
+            await made.run(made.request(PROMPT, 6))
+        stage.runner.error = None
+        assert await made.run(made.request(PROMPT, 6)) == expected_tokens(PROMPT, 6)
+        assert [tuple(work.num_cached_tokens for work in placed.assignments) for placed in placings] == expected
 
 
 # --- endings --------------------------------------------------------------------------------------------------------
