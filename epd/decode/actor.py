@@ -145,7 +145,7 @@ class DecodeActor(StageActor):
         if num_blocks <= 0:
             for entry in victims:
                 self._scheduler.num_preemptions += 1
-                self._send_back(entry)
+                self._leave(entry, entry.preempted())
 
     async def _copy(self, entry: Entry, copying: Copying) -> None:
         """Pull a request's KV into its reserved blocks, which are not given back before that has ended, one way or another."""
@@ -154,7 +154,8 @@ class DecodeActor(StageActor):
             handoff = await self._pull(entry, copying)
             self._begin(entry, self._scheduler.handoff(request.request_id, handoff.num_tokens, handoff.token), handoff.token)
         except EpdError as error:
-            self._fail(entry, error)
+            entry.pull = None
+            self._leave(entry, error)  # the gateway decides what becomes of the request
         finally:
             self.freed()
 
@@ -169,7 +170,8 @@ class DecodeActor(StageActor):
             adopting.table = []  # the scheduler's from here on
             self._begin(entry, is_running, handoff.token)
         except EpdError as error:
-            self._fail(entry, error)
+            entry.pull = None
+            self._leave(entry, error)  # the gateway decides what becomes of the request
         finally:
             adopting.give_back()
             self._adopting.remove(adopting)
@@ -214,7 +216,8 @@ class DecodeActor(StageActor):
         while self._scheduler.can_plan:
             plan = self._scheduler.plan()
             for victim in plan.preempted:
-                self._give_way(self._entries[victim.request_id])
+                entry = self._entries[victim.request_id]
+                self._leave(entry, entry.preempted())
             if not plan.steps:
                 return
             self._flights.launch(plan, self._describe)
@@ -231,16 +234,8 @@ class DecodeActor(StageActor):
 
     def _finish(self, entry: Entry) -> None:
         request = entry.request
-        self._forget(entry)
-        self.freed()
         spans = self.counted(entry.spans(self.clock()))
-        entry.reply.send(Finished(request.request_id, request.epoch, request.num_output_tokens, spans=spans))
-
-    def _give_way(self, entry: Entry) -> None:
-        request = entry.request
-        self._forget(entry)
-        self.freed()
-        entry.reply.send(Preempted(request.request_id, request.epoch, request.num_output_tokens))
+        self._leave(entry, Finished(request.request_id, request.epoch, request.num_output_tokens, spans=spans))
 
     def _fail_step(self, plan: DecodePlan, error: Exception) -> None:
         """A runner that raises has done so because of what it was given: who is to blame ends, the others and the stage go on."""
@@ -248,54 +243,40 @@ class DecodeActor(StageActor):
             raise error  # no step will ever work again here: the stage ends, and its requests begin anew elsewhere
         self._log.error("a decode step failed", error=error, num_requests=len(plan.steps))
         for request in self._scheduler.retract(plan):
-            entry = self._entries[request.request_id]
-            self._forget(entry)
-            entry.reply.fail(InternalError(f"decode failed: {error}"))
+            self._leave(self._entries[request.request_id], InternalError(f"decode failed: {error}"))
 
     # --- endings ----------------------------------------------------------------------------------------------------
 
     def _abort(self, request_id: RequestId, epoch: int, error: EpdError) -> None:
         entry = self._entries.get(request_id)
-        if entry is None or entry.request.epoch > epoch:
-            return
-        self._forget(entry)
-        entry.reply.fail(error)
-        self._give_back(entry)
-
-    def _give_back(self, entry: Entry) -> None:
-        """The blocks are free once nothing writes to them any more."""
-
-        def free(_: object = None) -> None:
-            self._scheduler.abort(entry.request.request_id, entry.request.epoch)
-            self.freed()
-
-        if entry.pull is None:
-            free()
-            return
-        entry.pull.add_done_callback(free)  # not by the task itself: one that is cancelled before its start does nothing
-        entry.pull.cancel()
-
-    def _fail(self, entry: Entry, error: EpdError) -> None:
-        """The KV could not be brought here. The gateway decides what becomes of the request."""
-        entry.pull = None
-        self._scheduler.abort(entry.request.request_id, entry.request.epoch)
-        if self._entries.get(entry.request.request_id) is entry:
-            self._forget(entry)
-            entry.reply.fail(error)
-
-    def _forget(self, entry: Entry) -> None:
-        if self._entries.get(entry.request.request_id) is entry:
-            del self._entries[entry.request.request_id]
+        if entry is not None and entry.request.epoch <= epoch:
+            self._leave(entry, error)
 
     async def evacuate(self) -> None:
         """Send every request that is here back to its gateway, to go on elsewhere with the same tokens."""
         for entry in list(self._entries.values()):
-            self._send_back(entry)
+            self._leave(entry, entry.preempted())
 
-    def _send_back(self, entry: Entry) -> None:
-        self._forget(entry)
-        entry.reply.send(Preempted(entry.request.request_id, entry.request.epoch, entry.request.num_output_tokens))
-        self._give_back(entry)
+    def _leave(self, entry: Entry, answer: Finished | Preempted | EpdError) -> None:
+        """The one way out: whoever asked is answered, and the blocks are free once nothing writes to them any more."""
+        request = entry.request
+        if self._entries.get(request.request_id) is not entry:
+            return  # it has left before
+        del self._entries[request.request_id]
+        if isinstance(answer, EpdError):
+            entry.reply.fail(answer)
+        else:
+            entry.reply.send(answer)
+
+        def free(_: object = None) -> None:
+            self._scheduler.abort(request.request_id, request.epoch)  # no news to it where it was the one to say so
+            self.freed()
+
+        if entry.pull is None:
+            free()
+        else:
+            entry.pull.add_done_callback(free)  # not by the task itself: one that is cancelled before its start does nothing
+            entry.pull.cancel()
 
     def sweep(self, now: float) -> None:
         overdue = [entry.request for entry in self._entries.values() if entry.request.deadline <= now]

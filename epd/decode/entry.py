@@ -11,7 +11,7 @@ from epd.decode.intake import Copying
 from epd.decode.request import DecodeRequest, DecodeStep
 from epd.microkernel.actor import Reply
 from epd.step import Int32Array, SampleRequest, SequenceStep
-from protocol.messages import Address, Decode, Span
+from protocol.messages import Address, Decode, Preempted, Span
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +34,10 @@ class Entry:
     @property
     def gateway(self) -> Address:
         return self.message.gateway
+
+    def preempted(self) -> Preempted:
+        """The answer by which the request goes on elsewhere."""
+        return Preempted(self.request.request_id, self.request.epoch, self.request.num_output_tokens)
 
     def sequence(self, step: DecodeStep) -> SequenceStep:
         """This request's share of a step."""
