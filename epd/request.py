@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -29,7 +29,7 @@ class GenerateRequest:
     n: int = 1
     stop: tuple[str, ...] = ()  # stop strings; looked for in the detokenized text
     deadline_s: float = 600.0
-    timeline: Timeline | None = None  # filled while the request runs; None: nobody wants it
+    timeline: Timeline = field(default_factory=Timeline)  # filled while the request runs
     traceparent: str = ""  # the client's headers of W3C trace context, as they came
     tracestate: str = ""
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from epd.clock import Clock
 from epd.distribution import Spreads
-from epd.errors import InternalError, Unavailable
+from epd.errors import BadRequest, EpdError, InternalError, Unavailable
 from epd.log import Log
 from epd.microkernel.actor import Actor, Mail
 from protocol.messages import LinkLoad, Span, StageLoad
@@ -165,3 +165,8 @@ class StageActor(Actor):
 
 def unexpected(actor: StageActor, mail: Mail) -> InternalError:
     return InternalError(f"the {actor.role} stage was sent {type(mail.message).__name__}")
+
+
+def whose_fault(actor: StageActor, error: Exception) -> EpdError:
+    """What a request is told that made a step fail: the client's fault if the runner says so, else ours."""
+    return error if isinstance(error, BadRequest) else InternalError(f"{actor.role} failed: {error}")

@@ -71,7 +71,8 @@ class _Cluster:
 
     def request(self, outcome: str = "") -> None:
         timeline = Timeline(self.clock)
-        watch = self.observer.admitted(GenerateRequest(RequestId("r"), (1,) * 17, (), Sampling()), timeline, self.clock())
+        request = GenerateRequest(RequestId("r"), (1,) * 17, (), Sampling(), timeline=timeline)
+        watch = self.observer.admitted(request, self.clock())
         timeline.add_reported("prefill", "prefill-0", 0.0, [Span("prefill", 0.0, 0.5)])
         timeline.add_reported("decode", "decode-0", 0.5, [Span("decode", 0.0, 0.5)])
         self.clock.advance(0.5)

@@ -30,8 +30,8 @@ def _serve_one(tracer: Tracer, *, outcome: str = "ok", traceparent: str = "") ->
     clock = FakeClock()
     observer = Observer(GatewayMetrics(), clock=clock, trace=tracer)
     timeline = Timeline(clock)
-    request = GenerateRequest(RequestId("r1"), (1, 2, 3), (), Sampling(), traceparent=traceparent)
-    watch = observer.admitted(request, timeline, clock())
+    request = GenerateRequest(RequestId("r1"), (1, 2, 3), (), Sampling(), timeline=timeline, traceparent=traceparent)
+    watch = observer.admitted(request, clock())
     timeline.add("placement", "gateway", 0.0, 0.25)
     timeline.add_reported("prefill", "prefill-0", 0.25, [Span("prefill queue", 0.0, 0.25), Span("prefill", 0.25, 0.75)])
     if outcome != "ok":

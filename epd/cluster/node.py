@@ -177,11 +177,7 @@ class Node:
     async def _start_front(self, system: System, folder: Path, model: ModelConfig, mark: int, pulse: Pulse) -> _Front:
         config, clock = self._config, monotonic
         longest = min(config.engine.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
-        prompter = Prompter.from_folder(folder, model, max_model_len=longest)
-
-        def limits_changed() -> None:
-            prompter.max_model_len = fleet.max_model_len(longest)
-
+        prompter = Prompter.from_folder(folder, model, max_model_len=lambda: fleet.max_model_len(longest))
         slo = Slo(ttft_s=config.observe.slo_ttft_s, tpot_s=config.observe.slo_tpot_s)
         tracer = open_tracer(config.observe.otlp_endpoint, model=config.model_name) if config.observe.otlp_endpoint else None
         observer = Observer(GatewayMetrics(slo), clock=clock, trace=tracer)
@@ -193,7 +189,6 @@ class Node:
             needs_encode=model.vision is not None,
             clock=clock,
             observer=observer,
-            on_change=limits_changed,
         )
         router = TokenRouter()
         await system.register("directory", fleet)
@@ -205,7 +200,6 @@ class Node:
             tokenizer=prompter.tokenizer,
             stages=Stages(system, fleet, router, clock, observer),
             admission=admission,
-            max_model_len=longest,
             loop_lag_s=pulse.lag_s,
         )
         http = HttpServer(config.http, gateway, prompter, request_timeout_s=limits.request_timeout_s)

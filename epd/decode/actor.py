@@ -18,11 +18,11 @@ from epd.decode.intake import Adopting, Copying, pull
 from epd.decode.outbox import Outbox
 from epd.decode.request import DecodeOutput, DecodePlan, DecodeRequest
 from epd.decode.scheduler import DecodeScheduler
-from epd.errors import Cancelled, DeadlineExceeded, EpdError, InternalError
+from epd.errors import Cancelled, DeadlineExceeded, EpdError
 from epd.flights import Flights
 from epd.microkernel.actor import Mail, Reply
 from epd.model.positions import mrope_next
-from epd.stage import StageActor, unexpected
+from epd.stage import StageActor, unexpected, whose_fault
 from epd.step import StepPlan, TextRunner, read_token_ids
 from epd.transfer.receiver import Receiver
 from gpu.errors import DeviceFailed
@@ -243,7 +243,7 @@ class DecodeActor(StageActor):
             raise error  # no step will ever work again here: the stage ends, and its requests begin anew elsewhere
         self._log.error("a decode step failed", error=error, num_requests=len(plan.steps))
         for request in self._scheduler.retract(plan):
-            self._leave(self._entries[request.request_id], InternalError(f"decode failed: {error}"))
+            self._leave(self._entries[request.request_id], whose_fault(self, error))
 
     # --- endings ----------------------------------------------------------------------------------------------------
 

@@ -276,11 +276,10 @@ class Attempt:
         return self._tasks[-1]
 
     def _report(self, to: Address, asked_s: float, spans: tuple[Span, ...]) -> None:
-        if self._request.timeline is not None:
-            self._request.timeline.add_reported(to.actor, to.worker, asked_s, spans)
+        self._request.timeline.add_reported(to.actor, to.worker, asked_s, spans)
 
     def _now_s(self) -> float:
-        return 0.0 if self._request.timeline is None else self._request.timeline.now()
+        return self._request.timeline.now()
 
     def _on_token(self, index: int, token: Token) -> None:
         """They come in order, so that a gap will not be filled any more."""

@@ -19,10 +19,6 @@ class Engine(Protocol):
         """The name that clients ask for."""
 
     @property
-    def max_model_len(self) -> int:
-        """Most tokens that prompt and output may have together."""
-
-    @property
     def max_choices(self) -> int:
         """Most choices that run at once, over all requests."""
 

@@ -90,7 +90,6 @@ class Fleet(Actor):
         needs_encode: bool,
         clock: Clock,
         observer: Observer,
-        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self._placement = placement
@@ -101,7 +100,6 @@ class Fleet(Actor):
         self._clock = clock
         self._observer = observer
         observer.watch_roles(self._roles, self.missing_roles)
-        self._on_change = on_change
         self._members: dict[WorkerId, Member] = {}
         self._changed = asyncio.Event()
 
@@ -187,7 +185,6 @@ class Fleet(Actor):
         )
         self._changed.set()
         self._changed = asyncio.Event()
-        self._on_change()
 
     # --- choosing ---------------------------------------------------------------------------------------------------
 

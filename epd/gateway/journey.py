@@ -89,12 +89,11 @@ class Journey:
         """Choose the workers and describe the work that is left: the prompt and what came out of it so far."""
         token_ids = (*self._request.token_ids, *self._output)
         timeline = self._request.timeline
-        began_s = self._attempt_began_s = timeline.now() if timeline is not None else 0.0
+        began_s = self._attempt_began_s = timeline.now()
         placed = await self._stages.fleet.place(
             token_ids, self._request, salt=self._salt, avoid=frozenset(self._avoid), timeout_s=self._time_left()
         )
-        if timeline is not None:
-            timeline.add("placement", "gateway", began_s)
+        timeline.add("placement", "gateway", began_s)
         self._epoch += 1
         return Attempt(
             self._stages,
@@ -121,7 +120,7 @@ class Journey:
                 early[event.index] = event
                 while (output := early.pop(len(self._output), None)) is not None:
                     self._advance(output)
-                    if output.token.finish_reason and self._request.timeline is not None:
+                    if output.token.finish_reason:
                         await attempt.reported(MAX_WAIT_FOR_REPORT_S)
                     yield output
 
@@ -138,9 +137,8 @@ class Journey:
     async def _back_off_or_raise(self, error: EpdError, attempt: Attempt) -> None:
         self._num_failed += 1
         self._stages.observer.attempt_failed(error, attempt.suspect)
-        if self._request.timeline is not None:
-            name, suspect = f"failed: {error.code}", attempt.suspect or ""
-            self._request.timeline.add(name, "gateway", self._attempt_began_s, worker=suspect)
+        name, suspect = f"failed: {error.code}", attempt.suspect or ""
+        self._request.timeline.add(name, "gateway", self._attempt_began_s, worker=suspect)
         if isinstance(error, CorruptTransfer):
             # It may be the owner's own memory that is spoilt, and then its prefix cache is not to be trusted for this prompt.
             self._salt = f"{self.request_id}#{self._epoch}"

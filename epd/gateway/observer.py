@@ -19,7 +19,6 @@ from epd.gateway.alerts import Alerts, Signals
 from epd.gateway.history import MOMENT_S, History, RequestRecord
 from epd.metrics import CLIENT_ERRORS, STAGES, GatewayMetrics
 from epd.request import Delta, GenerateRequest
-from epd.timeline import Timeline
 from protocol.messages import StageLoad, WorkerId
 
 _LATELY_S = 60.0
@@ -44,10 +43,12 @@ class Observer:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def admitted(self, request: GenerateRequest, timeline: Timeline, now: float) -> RequestWatch:
+    def admitted(self, request: GenerateRequest, now: float) -> RequestWatch:
         """Begin to watch a request; tell the watch of every delta and of the end."""
-        arrived = now - timeline.now()
-        record = RequestRecord(request.request_id, arrived, len(request.token_ids), len(request.images), request.n, timeline)
+        arrived = now - request.timeline.now()
+        record = RequestRecord(
+            request.request_id, arrived, len(request.token_ids), len(request.images), request.n, request.timeline
+        )
         metrics = self.metrics
         metrics.running.inc()
         metrics.prompt_tokens.inc(record.num_prompt_tokens)

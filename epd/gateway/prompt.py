@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,25 +42,34 @@ class Prompt:
 class Prompter:
     """Builds prompts for one model. Holds nothing of a request; threads may share it."""
 
-    def __init__(self, *, tokenizer: Tokenizer, template: ChatTemplate | None, config: ModelConfig, max_model_len: int) -> None:
+    def __init__(
+        self, *, tokenizer: Tokenizer, template: ChatTemplate | None, config: ModelConfig, max_model_len: Callable[[], int]
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.config = config
-        self.max_model_len = max_model_len  # may be lowered while the workers are only getting known
+        self._max_model_len = max_model_len
         # What an image's embedding depends on besides its bytes; a key keeps apart what differs in it.
         self._image_key = hashlib.blake2b(repr(config.image).encode(), digest_size=32).digest()
         self._neutral = _Neutraliser(tokenizer)
         self._max_token_bytes = tokenizer.max_token_bytes
 
     @classmethod
-    def from_folder(cls, folder: str | Path, config: ModelConfig, *, max_model_len: int) -> Prompter:
+    def from_folder(cls, folder: str | Path, config: ModelConfig, *, max_model_len: Callable[[], int]) -> Prompter:
         """Read tokenizer and chat template of a checkpoint folder.
+
+        Args:
+            max_model_len: most tokens that prompt and output may have together; asked each time, since it depends on the workers.
 
         Raises:
             BadCheckpoint: the tokenizer is missing or not supported, or the template is broken.
         """
         tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder)
         return cls(tokenizer=tokenizer, template=template, config=config, max_model_len=max_model_len)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len()
 
     @property
     def takes_images(self) -> bool:

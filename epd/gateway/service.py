@@ -19,7 +19,6 @@ from epd.gateway.detokenize import Detokenizer
 from epd.gateway.journey import Journey
 from epd.microkernel.tasks import settled
 from epd.request import Delta, GenerateRequest
-from epd.timeline import Timeline
 from epd.tokenizer import Tokenizer
 from epd.trust import lag_doubts
 
@@ -37,24 +36,18 @@ class Gateway:
         tokenizer: Tokenizer,
         stages: Stages,
         admission: Admission,
-        max_model_len: int,
         loop_lag_s: Callable[[], float] = lambda: -1.0,
     ) -> None:
         self._model_name = model_name
         self._tokenizer = tokenizer
         self._stages = stages
         self._admission = admission
-        self._max_model_len = max_model_len
         self._observer = stages.observer
         self._loop_lag_s = loop_lag_s
 
     @property
     def model_name(self) -> str:
         return self._model_name
-
-    @property
-    def max_model_len(self) -> int:
-        return self._stages.fleet.max_model_len(self._max_model_len)
 
     @property
     def max_choices(self) -> int:
@@ -69,9 +62,7 @@ class Gateway:
         except Overloaded as error:
             self._observer.refused(error, arrived)
             raise
-        timeline = request.timeline or Timeline(self._stages.clock)
-        request = dataclasses.replace(request, timeline=timeline)
-        watch = self._observer.admitted(request, timeline, arrived)
+        watch = self._observer.admitted(request, arrived)
         try:
             choices = self._one(request, 0, arrived) if request.n == 1 else self._several(request, arrived)
             async with aclosing(choices) as deltas:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+
 from epd.errors import BadRequest, Unsupported
 from epd.gateway.tools import Tool, Tools
 from epd.http.fields import MAX_DEPTH, Fields, is_deeper

@@ -23,7 +23,7 @@ from epd.prefill.entry import Entry
 from epd.prefill.handover import EarlyPulls, HandOver
 from epd.prefill.request import PrefillChunk, PrefillPlan, PrefillRequest
 from epd.prefill.scheduler import PrefillScheduler
-from epd.stage import StageActor, unexpected
+from epd.stage import StageActor, unexpected, whose_fault
 from epd.step import EmbeddingSpan, SampleRequest, SequenceStep, StepOutput, StepPlan, TextRunner, read_token_ids
 from epd.transfer.receiver import Receiver
 from epd.transfer.sender import Sender
@@ -267,7 +267,7 @@ class PrefillActor(StageActor):
             raise error  # no step will ever work again here: the stage ends, and its requests begin anew elsewhere
         self._log.error("a prefill step failed", error=error, num_requests=len(plan.chunks))
         for request in self._scheduler.retract(plan):
-            self._end(self._entries[request.request_id], InternalError(f"prefill failed: {error}"))
+            self._end(self._entries[request.request_id], whose_fault(self, error))
 
     # --- endings ----------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ async def _said(url: str, number: int) -> str:
 
 def _wanted(number: int) -> str:
     """Of the prompt that the gateway makes."""
-    prompter = Prompter.from_folder(BUNDLED_MODEL, load_model_config(BUNDLED_MODEL), max_model_len=4096)
+    prompter = Prompter.from_folder(BUNDLED_MODEL, load_model_config(BUNDLED_MODEL), max_model_len=lambda: 4096)
     image = _image(number)
     parts = [{"type": "text", "text": _text(number)}]
     if image is not None:

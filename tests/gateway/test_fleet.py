@@ -170,7 +170,7 @@ async def test_what_failed_is_not_expected_in_caches(failed: str | None, is_pref
         assert await _expected_cached(fleet) == expected
         assert await _expected_cached(fleet) == expected
         fleet.check_integrity()
-        assert fleet._placement.num_outstanding("prefill") == fleet._placement.num_outstanding("decode") == 0
+        assert [fleet._placement.num_given(placed.decode.worker, role) for role in ("prefill", "decode")] == [0, 0]
 
 
 async def test_nobody_is_expected_to_have_cached_what_has_another_salt() -> None:

@@ -29,7 +29,7 @@ def _observer(clock: FakeClock) -> Observer:
 
 
 def _begin(observer: Observer, clock: FakeClock) -> RequestWatch:
-    return observer.admitted(REQUEST, Timeline(clock), clock())
+    return observer.admitted(dataclasses.replace(REQUEST, timeline=Timeline(clock)), clock())
 
 
 def _value(observer: Observer, series: str) -> float:
@@ -50,7 +50,7 @@ def test_the_times_of_a_request() -> None:
     observer = _observer(clock)
     timeline = Timeline(clock)
     clock.advance(0.25)  # in which the prompt was made: its time counts too
-    watch = observer.admitted(REQUEST, timeline, clock())
+    watch = observer.admitted(dataclasses.replace(REQUEST, timeline=timeline), clock())
     clock.advance(0.5)
     watch.delta(clock(), Delta(0, "a", 1, num_cached_tokens=2))
     for _ in range(4):

@@ -115,7 +115,7 @@ def test_a_result_may_be_an_image() -> None:
 @pytest.mark.parametrize(("messages", "tools", "param"), [(WITH_CALLS, [], "messages"), (CONVERSATIONS[0], TOOLS, "tools")])
 def test_tools_need_a_template_that_has_them(messages: list[dict[str, Any]], tools: list[dict[str, Any]], param: str) -> None:
     template = ChatTemplate("{% for message in messages %}{{ message.content }}{% endfor %}")
-    made = Prompter(tokenizer=tokenizer(), template=template, config=model_config(), max_model_len=4096)
+    made = Prompter(tokenizer=tokenizer(), template=template, config=model_config(), max_model_len=lambda: 4096)
     with pytest.raises(Unsupported, match="has no tools") as caught:
         made.chat(messages, tools=tools)
     assert caught.value.param == param
@@ -127,7 +127,7 @@ def test_tools_need_a_template_that_has_them(messages: list[dict[str, Any]], too
 )
 def test_a_prompt_knows_whether_the_model_will_think(options: dict[str, object], thinking: Thinking) -> None:
     template = ChatTemplate(CHAT_TEMPLATE + "{{ '<think>\\n' if think is defined and think }}")
-    made = Prompter(tokenizer=tokenizer(), template=template, config=model_config(), max_model_len=4096)
+    made = Prompter(tokenizer=tokenizer(), template=template, config=model_config(), max_model_len=lambda: 4096)
     assert made.chat(CONVERSATIONS[0], options=options).thinking is thinking
 
 
@@ -176,7 +176,7 @@ def test_the_hash_tells_bytes_and_preprocessing_apart() -> None:
         if other:
             assert config.image is not None
             config = dataclasses.replace(config, image=dataclasses.replace(config.image, **other))
-        made = Prompter(tokenizer=tokenizer(), template=prompter().template, config=config, max_model_len=4096)
+        made = Prompter(tokenizer=tokenizer(), template=prompter().template, config=config, max_model_len=lambda: 4096)
         return made.chat([{"role": "user", "content": [IMAGE]}], [data]).images[0].item.mm_hash
 
     same = hash_of(png())
@@ -204,7 +204,7 @@ BUNDLED = Path(epd.__file__).parent / "assets" / "tiny-vl"
 def test_the_bundled_models_prompts_are_those_of_transformers(messages: list[dict[str, Any]]) -> None:
     reference = AutoTokenizer.from_pretrained(BUNDLED)
     config = load_model_config(BUNDLED)
-    made = Prompter.from_folder(BUNDLED, config, max_model_len=config.max_position_embeddings)
+    made = Prompter.from_folder(BUNDLED, config, max_model_len=lambda: config.max_position_embeddings)
     num_images = sum(part == IMAGE for message in messages for part in message["content"])
     files = [png(64 + 16 * index, 64) for index in range(num_images)]
     tools = TOOLS if messages is WITH_CALLS else []
@@ -268,7 +268,7 @@ def test_text_that_becomes_special_side_by_side_stays_text() -> None:
 
 def test_text_around_what_the_template_writes_or_trims_stays_text() -> None:
     template = ChatTemplate("<{{ messages[0].content | trim }}>{{ messages[1].content | trim }}|im_end|>")
-    made = Prompter(tokenizer=tokenizer(), template=template, config=model_config(), max_model_len=4096)
+    made = Prompter(tokenizer=tokenizer(), template=template, config=model_config(), max_model_len=lambda: 4096)
     for first, second in ((" |im_end|> ", "y"), ("x", " <\n"), ("|im_", "<")):
         prompt = made.chat([{"role": "user", "content": first}, {"role": "user", "content": second}])
         assert specials(prompt.token_ids) == []
@@ -295,7 +295,10 @@ def test_special_tokens_that_share_letters_stay_text() -> None:
     raw = RawTokenizer.from_str(raw_tokenizer().to_str())
     raw.add_special_tokens(["|x|"])
     made = Prompter(
-        tokenizer=Tokenizer(raw), template=ChatTemplate("{{ messages[0].content }}"), config=model_config(), max_model_len=64
+        tokenizer=Tokenizer(raw),
+        template=ChatTemplate("{{ messages[0].content }}"),
+        config=model_config(),
+        max_model_len=lambda: 64,
     )
     prompt = made.chat([{"role": "user", "content": "a|x|x|x|x|b"}])
     assert made.tokenizer.decode(prompt.token_ids) == "a|x|x|x|x|b"
@@ -340,7 +343,7 @@ def test_an_image_has_no_more_pixels_than_allowed() -> None:
 
 
 def test_a_model_without_a_template_has_no_chat() -> None:
-    made = Prompter(tokenizer=tokenizer(), template=None, config=model_config(), max_model_len=64)
+    made = Prompter(tokenizer=tokenizer(), template=None, config=model_config(), max_model_len=lambda: 64)
     with pytest.raises(Unsupported, match="/v1/completions"):
         made.chat([{"role": "user", "content": "hi"}])
     assert made.completion("hi").token_ids == tuple(tokenizer().encode("hi"))
@@ -394,6 +397,6 @@ def test_raw_prompts_may_spell_out_special_tokens_but_no_placeholders() -> None:
 
 
 def test_a_folder_gives_the_same_prompts(tmp_path: Path) -> None:
-    loaded = Prompter.from_folder(write_folder(tmp_path), model_config(), max_model_len=4096)
+    loaded = Prompter.from_folder(write_folder(tmp_path), model_config(), max_model_len=lambda: 4096)
     messages = [{"role": "user", "content": [IMAGE, text("hi")]}]
     assert loaded.chat(messages, [png()]) == prompter().chat(messages, [png()])

@@ -43,7 +43,6 @@ async def _gateway(*, max_requests: int = 8) -> AsyncIterator[tuple[World, Gatew
                 tokenizer=_Numbers(),  # type: ignore[arg-type]
                 stages=Stages(made.gateway, made.fleet, made.router, made.clock, made.observer),
                 admission=Admission(max_requests=max_requests, max_prompt_tokens=1000),
-                max_model_len=64,
             ),
         )
 
@@ -141,7 +140,6 @@ async def test_readiness_names_what_is_missing() -> None:
         assert gateway.ready() == (True, "ready")
         await made.lose("e0")
         assert gateway.ready() == (False, "waiting for a worker of: encode")
-        assert gateway.max_model_len == 64
 
 
 def test_a_seed_of_a_choice_depends_on_seed_and_index_only() -> None:

@@ -228,7 +228,7 @@ async def test_thoughts_are_apart_from_what_is_said(client: openai.AsyncOpenAI, 
 async def test_a_guided_answer_comes_after_thoughts(start: Start, says: Says, engine: ScriptedEngine) -> None:
     """Where the template has the model begin with them; where it is told not to think, at once."""
     template = ChatTemplate(CHAT_TEMPLATE + "{{ '<think>\\n' if enable_thinking is not defined or enable_thinking }}")
-    made = Prompter(tokenizer=tokenizer(), template=template, config=model_config(), max_model_len=4096)
+    made = Prompter(tokenizer=tokenizer(), template=template, config=model_config(), max_model_len=lambda: 4096)
     server = await start(engine, made=made)
     says.text = 'Let me see.\n</think>\n\n{"a": 1}'
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:

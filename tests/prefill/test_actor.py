@@ -124,7 +124,7 @@ async def test_a_slow_pull_keeps_its_leases_until_the_request_is_out_of_time() -
             with pytest.raises(StaleHandle, match="has ended"):
                 await decode.ask(to, fetch, timeout_s=20)
             assert stage.actor.is_idle()
-            stage.check()
+            stage.actor.check_integrity()
     finally:
         backend.close()
 

@@ -39,10 +39,9 @@ def hello(request: GenerateRequest) -> list[Step]:
 class ScriptedEngine:
     """Implements epd.gateway.engine.Engine."""
 
-    def __init__(self, script: Script = hello, *, max_model_len: int = 4096) -> None:
+    def __init__(self, script: Script = hello) -> None:
         self.script = script
         self.model_name = MODEL
-        self.max_model_len = max_model_len
         self.max_choices = 256
         self.requests: list[GenerateRequest] = []
         self.num_open = 0

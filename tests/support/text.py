@@ -168,7 +168,7 @@ def prompter(*, takes_images: bool = True, max_model_len: int = 4096) -> Prompte
         tokenizer=tokenizer(),
         template=template(),
         config=model_config(takes_images=takes_images),
-        max_model_len=max_model_len,
+        max_model_len=lambda: max_model_len,
     )
 
 

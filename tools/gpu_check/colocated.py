@@ -38,6 +38,7 @@ from epd.model.positions import mrope_next, mrope_positions
 from epd.request import Delta, GenerateRequest
 from epd.step import PENDING, EmbeddingSpan, ImageInput, Int32Array, SampleRequest, SequenceStep, StepPlan
 from epd.stream import on_stream
+from epd.tokenizer import Tokenizer
 from gpu.pool import PoolSpec
 from protocol.messages import Token
 
@@ -103,7 +104,7 @@ def plan_step(running: Sequence[Running], engine: EngineConfig) -> MixedPlan:
 class Colocated:
     """Implements `epd.gateway.engine.Engine`. `run` has to run beside it."""
 
-    def __init__(self, config: ServeConfig, model: ModelConfig, prompter: Prompter, stack: Stack) -> None:
+    def __init__(self, config: ServeConfig, model: ModelConfig, tokenizer: Tokenizer, stack: Stack) -> None:
         sizes = stack.decide(ROLES)
         self._lines = budget_lines(sizes)
         stack.load(ROLES, lambda text: None)
@@ -120,11 +121,14 @@ class Colocated:
         text = stack.text_runner(kv, "decode", self._stream, lambda text: None)
         self._text = text
         self._engine = replace(config.engine, budget_beside_decode=budget_beside_decode(config, model))
-        self._stack, self._tokenizer = stack, prompter.tokenizer
+        self._stack, self._tokenizer = stack, tokenizer
         self._merge = model.vision.merge_size if model.vision is not None else 1
         self._eos = frozenset(model.eos_token_ids)
         self.model_name = config.model_name
-        self.max_model_len = prompter.max_model_len = min(prompter.max_model_len, sizes.max_model_len)
+        self.max_model_len = min(
+            config.engine.max_model_len or model.max_position_embeddings, model.max_position_embeddings, sizes.max_model_len
+        )
+        self.max_choices = config.admission.max_requests
         self._free = list(range(sizes.num_kv_blocks))
         self._waiting: deque[Running] = deque()
         self._running: list[Running] = []
@@ -343,9 +347,8 @@ async def serve(config: ServeConfig, stop: asyncio.Event) -> None:
     """Until `stop` is set. Raises EpdError when it cannot start, and whatever a step fails with."""
     folder = resolve_model(config.model, weights=config.load_format != "dummy")
     model = load_model_config(folder)
-    longest = min(config.engine.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
-    prompter = Prompter.from_folder(folder, model, max_model_len=longest)
-    engine = Colocated(config, model, prompter, await asyncio.to_thread(open_stack, config, folder, model))
+    prompter = Prompter.from_folder(folder, model, max_model_len=lambda: engine.max_model_len)
+    engine = Colocated(config, model, prompter.tokenizer, await asyncio.to_thread(open_stack, config, folder, model))
     http = HttpServer(config.http, engine, prompter, request_timeout_s=config.admission.request_timeout_s)
     await http.start()
     print(f"ready at {http.url}", flush=True)
