@@ -114,6 +114,12 @@ def test_the_steady_window(warmup_s: float, duration_s: float | None, window: Wi
     assert cut == Window(window.start_s, min(window.end_s, 25.0))
 
 
+def test_an_answer_that_is_there_before_its_request_was_due_counts() -> None:
+    """Timers may be early by a fraction of a millisecond."""
+    run = Run(5.0, 25.0, records=[Record(0, 25.0004, 25.0)])
+    assert steady_window(run).has(25.0004)
+
+
 def test_goodput() -> None:
     good = done(0, times_s=[0.5, 0.6, 0.7], end_s=0.7)
     late = done(1, times_s=[1.5, 1.6, 1.7], end_s=1.7)
