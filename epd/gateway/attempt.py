@@ -221,13 +221,14 @@ class Attempt:
         item = self._request.images[index].item
         avoid: set[WorkerId] = set()
         for attempt in range(1, MAX_ENCODES + 1):
-            left = self._time_left()
+            left, began_s = self._time_left(), self._now_s()
             async with self._stages.fleet.encoder(item, self._placed, avoid=frozenset(avoid), timeout_s=left) as encoder:
                 try:
                     encoded = await self._encode(index, encoder)
                     await self._deliver(index, encoded, encoder)
                     return
-                except (EpdError, TimeoutError) as error:
+                except EpdError as error:
+                    self._request.timeline.add(f"failed: {error.code}", "encode", began_s, worker=encoder.worker)
                     if attempt == MAX_ENCODES or not self._may_encode_again(error):
                         raise
                     _log.warning("encoding again", request=self._request_id, item=index, worker=encoder.worker, reason=str(error))
@@ -256,9 +257,9 @@ class Attempt:
         self._report(to, asked_s, (Span("embedding transfer", 0.0, self._now_s() - asked_s),))
         self._num_delivered += 1
 
-    def _may_encode_again(self, error: Exception) -> bool:
+    def _may_encode_again(self, error: EpdError) -> bool:
         """Encoding again helps when an encode worker or its handle is at fault, and not when prefill has gone."""
-        return isinstance(error, EpdError) and error.retryable and self._stages.fleet.is_alive(self._placed.prefill.worker)
+        return error.retryable and self._stages.fleet.is_alive(self._placed.prefill.worker)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 

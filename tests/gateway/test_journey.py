@@ -203,6 +203,8 @@ async def test_an_evicted_embedding_is_encoded_again(monkeypatch: pytest.MonkeyP
         request, due = _with_pictures(made)
         assert await made.run(request) == due
         assert len(lost) == 1
+        failed = [(span.name, span.stage) for span in request.timeline.spans() if span.name.startswith("failed")]
+        assert failed == [("failed: corrupt_transfer", "encode")]
 
 
 @pytest.mark.parametrize("allowed", ["mapped", "socket"])

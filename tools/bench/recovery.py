@@ -26,6 +26,7 @@ from tools.geometry import qwen3_vl_8b
 from tools.loadgen.client import Client, open_session
 from tools.loadgen.lengths import Lengths
 from tools.loadgen.load import Run, run_closed_loop
+from tools.loadgen.mix import parse_mix
 from tools.loadgen.stream import OK, Record
 from tools.loadgen.workload import WorkloadSpec, draw_chat
 
@@ -39,6 +40,7 @@ _DECODING = WorkloadSpec(
     extra_body={"seed": 1},  # what emulated devices answer depends on it
 )
 _PREFILLING = replace(_DECODING, prompt_words=Lengths(2000, 2000), output_tokens=Lengths(4, 4))
+_ENCODING = replace(_PREFILLING, mix=parse_mix("1x1080p"))
 _STAGGER_S = 0.02
 
 
@@ -58,6 +60,7 @@ class Scenario:
 
 _DECODERS = ("prefill", "decode", "decode", "decode")
 _PREFILLERS = ("prefill", "prefill", "decode")
+_ENCODERS = ("encode", "encode", "prefill", "decode")
 SCENARIOS = (
     Scenario("decode worker killed", _DECODERS, 2, signal.SIGKILL, _DECODING, 24, 2.5),
     # Four heartbeats of half a second have to be missed.
@@ -65,6 +68,8 @@ SCENARIOS = (
     Scenario("decode worker drained", _DECODERS, 2, signal.SIGTERM, _DECODING, 24, 2.5),
     Scenario("prefill worker killed", _PREFILLERS, 0, signal.SIGKILL, _PREFILLING, 24, 1.0),
     Scenario("prefill worker hangs", _PREFILLERS, 0, signal.SIGSTOP, _PREFILLING, 24, 1.0, bar="<3000"),
+    Scenario("encode worker killed", _ENCODERS, 0, signal.SIGKILL, _ENCODING, 24, 0.7),
+    Scenario("encode worker hangs", _ENCODERS, 0, signal.SIGSTOP, _ENCODING, 24, 0.7, bar="<3000"),
 )
 
 
@@ -79,7 +84,7 @@ class Recovery:
 
 
 def run() -> list[Row]:
-    """Rows for each scenario; takes about a minute and a half."""
+    """Rows for each scenario; takes two minutes."""
     return uvloop.run(_measure_all(SCENARIOS))
 
 
@@ -104,10 +109,10 @@ def recovery(undisturbed: Sequence[Record], records: Sequence[Record], signalled
         raise RuntimeError(f"{len(bad)} requests failed: {bad[0].reason} {bad[0].detail}")
     placed_s, next_s = [], []
     for record in records:
-        placements = [record.sent_s + span["end_s"] for span in record.spans if span["name"] == "placement"]
-        if len(placements) > 1:
-            placed_s.append(placements[-1] - signalled_s)
-            next_s.append(min(at_s for at_s in record.piece_times_s if at_s > placements[-1]) - signalled_s)
+        if (since_sent_s := _placed_anew(record)) is not None:
+            at_s = record.sent_s + since_sent_s
+            placed_s.append(at_s - signalled_s)
+            next_s.append(min(came_s for came_s in record.piece_times_s if came_s > at_s) - signalled_s)
     if not placed_s:
         raise RuntimeError("the worker had no requests")
     expected = {record.index: record.text for record in undisturbed}
@@ -117,6 +122,16 @@ def recovery(undisturbed: Sequence[Record], records: Sequence[Record], signalled
         num_requests=len(records),
         num_altered=sum(record.text != expected[record.index] for record in records),
     )
+
+
+def _placed_anew(record: Record) -> float | None:
+    """When the last worker was chosen in place of another, or began with an image that another one had; since it was sent."""
+    placements = [float(span["end_s"]) for span in record.spans if span["name"] == "placement"]
+    if len(placements) > 1:
+        return placements[-1]
+    lost_s = [span["end_s"] for span in record.spans if span["stage"] == "encode" and span["name"].startswith("failed")]
+    begun_s = [span["start_s"] for span in record.spans if span["stage"] == "encode" and not span["name"].startswith("failed")]
+    return min(begin_s for begin_s in begun_s if begin_s >= max(lost_s)) if lost_s else None
 
 
 async def _measure_all(scenarios: Sequence[Scenario]) -> list[Row]:

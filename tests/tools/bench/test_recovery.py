@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import pytest
 
@@ -13,13 +14,15 @@ from tools.loadgen.stream import OK, Record
 DECODE, PREFILL = SCENARIOS[0], SCENARIOS[3]
 
 
+def span(name: str, stage: str, start_s: float, end_s: float) -> dict[str, Any]:
+    return {"name": name, "stage": stage, "start_s": start_s, "end_s": end_s}
+
+
 def record(index: int, *, placed_at: tuple[float, ...], text: str = "same", outcome: str = OK) -> Record:
     """Sent at 100 s, a token at every tenth of a second up to 102 s; `placed_at`: seconds since it was sent."""
-    spans = [{"name": "placement", "start_s": at_s - 0.001, "end_s": at_s} for at_s in placed_at]
+    spans = [*(span("placement", "gateway", at_s - 0.001, at_s) for at_s in placed_at), span("step", "decode", 0.0, 9.0)]
     times = [100.0 + number / 10 for number in range(1, 21)]
-    return Record(
-        index, 100.0, 100.0, outcome=outcome, text=text, piece_times_s=times, spans=[*spans, {"name": "step", "end_s": 9.0}]
-    )
+    return Record(index, 100.0, 100.0, outcome=outcome, text=text, piece_times_s=times, spans=spans)
 
 
 def test_only_those_that_were_placed_again_count() -> None:
@@ -28,6 +31,16 @@ def test_only_those_that_were_placed_again_count() -> None:
     assert found.placed_s == pytest.approx((0.03, 0.18))
     assert found.next_s == pytest.approx((0.1, 0.2))
     assert (found.num_requests, found.num_altered) == (3, 0)
+
+
+def test_an_image_that_was_lost_counts_from_when_another_worker_began_with_it() -> None:
+    peace = [record(0, placed_at=(0.01,))]
+    lost = record(0, placed_at=(0.01,))
+    images = [("failed: peer_lost", 0.02, 1.02), ("encode", 0.03, 0.5), ("encode wait", 1.06, 1.2), ("encode", 1.2, 1.3)]
+    lost.spans = [*lost.spans, *(span(name, "encode", start_s, end_s) for name, start_s, end_s in images)]
+    found = recovery(peace, [lost], 101.0)
+    assert found.placed_s == pytest.approx((0.06,))
+    assert found.next_s == pytest.approx((0.1,))
 
 
 def test_a_text_that_is_not_what_it_would_have_been_is_counted() -> None:
