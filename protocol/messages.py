@@ -377,7 +377,7 @@ class ProcessLoad(Part, frozen=True):
     power_w: float = -1.0
     device_busy_s: float = -1.0  # emulated devices: time that their work has taken, since start
     device_late_s: float = -1.0  # and by how much it ended later than it should have, because the host was too slow
-    loop_lag_s: float = -1.0  # how late the event loop was of late, p99
+    loop_lag_s: float = -1.0  # recent delay of the event loop, p99
     host_busy: float = -1.0  # share of the host's processor time in use in the last second
 
 
