@@ -39,6 +39,8 @@ MAX_VALUES = 1_000_000  # in a body, with the commas of its texts: a long docume
 # Work on a body of up to this size is done at once; on a larger one in a thread, so that running streams do not wait for it.
 _INLINE_BYTES = 8 * 2**10
 
+_COUNTED_BYTES = 2**20  # at once
+
 T = TypeVar("T")
 
 
@@ -270,7 +272,7 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
 
 def parse_json(data: bytes) -> object:
     """Raises BadRequest where it is none, or holds more values than anybody needs: the loop stands still while it is read."""
-    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+    if _holds_many_values(data):
         raise BadRequest(f"the request body holds more than {MAX_VALUES} values")
     try:
         return msgspec.json.decode(data)
@@ -278,6 +280,17 @@ def parse_json(data: bytes) -> object:
         raise BadRequest("the request body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"the request body is not valid JSON: {error}") from None
+
+
+def _holds_many_values(data: bytes) -> bool:
+    """By what stands before each; as soon as it is clear, since counting many takes a while as well."""
+    found = 0
+    for start in range(0, len(data), _COUNTED_BYTES):
+        piece = data[start : start + _COUNTED_BYTES]
+        found += sum(map(piece.count, (b",", b"[", b"{")))
+        if found > MAX_VALUES:
+            return True
+    return False
 
 
 def json_response(value: object, *, status: int = 200) -> web.Response:

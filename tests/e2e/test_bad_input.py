@@ -82,6 +82,7 @@ CASES: dict[str, tuple[bytes, int, str]] = {
         "objekt",
     ),
     "half an expression": (_json(structured_outputs={"regex": "(a"}), 400, "structured_outputs.regex"),
+    "an expression that nothing matches": (_json(structured_outputs={"regex": r"[^\s\S]"}), 400, "structured_outputs.regex"),
     "a form without an end": (_json(response_format={"type": "json_object"}, ignore_eos=True), 400, "ignore_eos"),
     "unheard of": (_json(turbo=True), 400, "turbo"),
     "a strange role": (_json(messages=[{"role": "cook", "content": "hi"}]), 400, "role"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from epd.errors import BadImage, DeadlineExceeded, InternalError
+from epd.errors import BadImage, DeadlineExceeded, GuideTooComplex, InternalError
 from epd.gateway.fleet import Placed
 from epd.gateway.journey import State
 from epd.microkernel.actor import Mail
@@ -262,6 +262,15 @@ async def test_of_a_failing_batch_only_the_culprit_ends(role: str) -> None:
         results = await asyncio.gather(*running, return_exceptions=True)
         assert results[:6] == [expected_tokens(prompt, 12) for prompt in prompts]
         assert isinstance(results[6], InternalError)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_what_the_clients_form_makes_impossible_is_the_clients_fault(role: str) -> None:
+    async with world(THREE) as made:
+        (stage,) = getattr(made, role).values()
+        stage.runner.error = GuideTooComplex("the form is too much")
+        with pytest.raises(GuideTooComplex, match="the form is too much"):
+            await made.run(made.request(PROMPT, 6))
 
 
 async def test_a_device_that_fails_ends_the_stage_and_its_requests_go_on_elsewhere() -> None:
