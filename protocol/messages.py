@@ -162,6 +162,7 @@ class ReleaseLease(Message, frozen=True, tag=4):
     """Tell the owner of a pool that a handle is no longer wanted. Releasing an unknown lease is no error."""
 
     lease_id: int
+    is_corrupt: bool = False  # the bytes did not have their checksum: nobody else must find them in a cache
 
 
 # --- prefill --------------------------------------------------------------------------------------------------------

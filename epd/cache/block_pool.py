@@ -139,11 +139,17 @@ class BlockPool:
         self.take(block_ids)
         return self._leases.add(block_ids, expires_at)
 
-    def release(self, lease_id: int) -> bool:
-        """End a lease. False, and no error, when it had ended already."""
+    def release(self, lease_id: int, *, is_corrupt: bool = False) -> bool:
+        """End a lease. False, and no error, when it had ended already.
+
+        With `is_corrupt` nothing that is published can be trusted any more: which blocks were computed from the spoilt ones nobody
+        knows, and it may be the memory that is at fault.
+        """
         block_ids = self._leases.pop(lease_id)
         if block_ids is None:
             return False
+        if is_corrupt:
+            self._forget_published()
         self.free(block_ids)
         return True
 
@@ -220,6 +226,12 @@ class BlockPool:
         del self._cached[block_hash]
         self._hashes[block_id] = None
         return block_id
+
+    def _forget_published(self) -> None:
+        self._free += self._evictable
+        self._evictable.clear()
+        self._cached.clear()
+        self._hashes = [None] * self.num_blocks
 
     def _require_held(self, block_ids: Sequence[int]) -> None:
         for block_id in block_ids:

@@ -135,11 +135,14 @@ class EncoderCache:
         self._num_leases[mm_hash] = self._num_leases.get(mm_hash, 0) + 1
         return lease_id
 
-    def release(self, lease_id: int) -> bool:
-        """End a lease. False, and no error, when it had ended already."""
+    def release(self, lease_id: int, *, is_corrupt: bool = False) -> bool:
+        """End a lease. False, and no error, when it had ended already. With `is_corrupt` the embedding goes with its last lease."""
         if not self._pool.release(lease_id):
             return False
+        mm_hash = self._leases[lease_id]
         self._end(lease_id)
+        if is_corrupt and mm_hash in self._unleased:
+            self._evict(mm_hash)
         return True
 
     def expire(self, now: float) -> list[int]:

@@ -13,7 +13,7 @@ import msgspec
 
 from epd.cache.block_pool import BlockPool
 from epd.decode.request import DecodeRequest, Reservation
-from epd.errors import EpdError, InternalError, StaleHandle
+from epd.errors import CorruptTransfer, EpdError, InternalError, StaleHandle
 from epd.microkernel.system import System
 from epd.transfer.receiver import Receiver
 from gpu.pool import Pool
@@ -104,7 +104,11 @@ async def pull(
                 case KVChunk(ref=ref):
                     if (ref.request_id, ref.epoch) != (request.request_id, request.epoch):
                         raise StaleHandle(f"prefill sent KV of {ref.request_id} epoch {ref.epoch}")
-                    await taker.take(ref, source)
+                    try:
+                        await taker.take(ref, source)
+                    except CorruptTransfer:
+                        await _release(system, to, ref, is_corrupt=True)
+                        raise
                     await _release(system, to, ref)
                 case Handoff() as handoff:
                     if taker.num_taken != num_blocks:
@@ -115,8 +119,8 @@ async def pull(
     raise StaleHandle("prefill ended the hand-off before its end")
 
 
-async def _release(system: System, prefill: Address, ref: KVRef) -> None:
+async def _release(system: System, prefill: Address, ref: KVRef, *, is_corrupt: bool = False) -> None:
     try:
-        await system.tell(prefill, ReleaseLease(ref.lease_id), timeout_s=1.0)
+        await system.tell(prefill, ReleaseLease(ref.lease_id, is_corrupt), timeout_s=1.0)
     except EpdError:
         pass  # the lease expires by itself

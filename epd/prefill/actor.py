@@ -14,7 +14,7 @@ import numpy as np
 
 from epd.cache.block_pool import BlockPool
 from epd.clock import Clock
-from epd.errors import Cancelled, DeadlineExceeded, EpdError, InternalError, StaleHandle
+from epd.errors import Cancelled, CorruptTransfer, DeadlineExceeded, EpdError, InternalError, StaleHandle
 from epd.flights import Flights
 from epd.microkernel.actor import Mail, Reply
 from epd.model.positions import check_grids, mrope_positions
@@ -131,6 +131,7 @@ class PrefillActor(StageActor):
 
     async def _take_embedding(self, message: EmbeddingReady, reply: Reply) -> None:
         """Bring one embedding here, unless the prefix cache covers its image."""
+        is_corrupt = False
         try:
             entry = self._entry(message.request_id, message.epoch)
             if not 0 <= message.item_index < len(entry.request.items):
@@ -141,10 +142,11 @@ class PrefillActor(StageActor):
             if self._entries.get(message.request_id) is not entry:
                 raise StaleHandle(f"request {message.request_id} has ended meanwhile")
         except EpdError as error:
+            is_corrupt = isinstance(error, CorruptTransfer)
             reply.fail(error)
             return
         finally:
-            await self._fetcher.release(message.ref, message.endpoint)
+            await self._fetcher.release(message.ref, message.endpoint, is_corrupt=is_corrupt)
         if rows is not None:
             entry.rows[message.item_index] = rows
         entry.note_embedding(self.clock())

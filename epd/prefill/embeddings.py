@@ -54,10 +54,10 @@ class EmbeddingFetcher:
         rows: Rows = scratch.rows(self._width)[: ref.num_tokens]
         return rows
 
-    async def release(self, ref: EmbeddingRef, source: Endpoint) -> None:
-        """Tell the encode worker that it may evict; it finds out by itself, later, if it does not hear this."""
+    async def release(self, ref: EmbeddingRef, source: Endpoint, *, is_corrupt: bool = False) -> None:
+        """Tell the encode worker that it may evict, or has to; it finds out by itself, later, if it does not hear this."""
         try:
             self._system.introduce(source)  # where nothing was fetched nobody has yet
-            await self._system.tell(Address(ref.worker, "encode"), ReleaseLease(ref.lease_id), timeout_s=1.0)
+            await self._system.tell(Address(ref.worker, "encode"), ReleaseLease(ref.lease_id, is_corrupt), timeout_s=1.0)
         except EpdError:
             pass

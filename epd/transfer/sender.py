@@ -30,7 +30,7 @@ class LeaseHolder(Protocol):
 
     def owns(self, lease_id: int, block_ids: Sequence[int]) -> bool: ...
 
-    def release(self, lease_id: int) -> bool: ...
+    def release(self, lease_id: int, *, is_corrupt: bool = False) -> bool: ...
 
 
 class Sender:
@@ -64,8 +64,8 @@ class Sender:
                     mail.reply.send(BlocksFetched(len(fetch.block_ids)), self._memory.read(fetch.block_ids))
                 else:
                     actor.spawn(self._stage(fetch, mail.reply), name="read blocks")
-            case ReleaseLease(lease_id=lease_id):
-                self._blocks.release(lease_id)
+            case ReleaseLease(lease_id=lease_id, is_corrupt=is_corrupt):
+                self._blocks.release(lease_id, is_corrupt=is_corrupt)
             case _:
                 return False
         return True

@@ -374,3 +374,25 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+
+
+def test_after_corruption_nothing_that_was_published_is_found() -> None:
+    """What others hold they keep, and may be published anew."""
+    pool = BlockPool(6)
+    spoilt, other, idle = pool.allocate(2), pool.allocate(1), pool.allocate(1)
+    assert spoilt is not None
+    assert other is not None
+    assert idle is not None
+    for block_id, block_hash in zip([*spoilt, *other, *idle], (1, 2, 3, 4), strict=True):
+        assert pool.cache(block_id, block_hash)
+    pool.free(idle)
+    lease_id = pool.lease(spoilt, 10.0)
+    pool.free(spoilt)
+    assert pool.release(lease_id, is_corrupt=True)
+    assert [pool.lookup([block_hash]) for block_hash in (1, 2, 3, 4)] == [[]] * 4
+    pool.check_integrity([other])
+    assert pool.num_free == 5
+    assert pool.cache(other[0], 3)
+    assert pool.lookup([3]) == other
+    assert not pool.release(lease_id, is_corrupt=True)
+    assert pool.lookup([3]) == other

@@ -96,6 +96,21 @@ def test_every_handle_has_its_own_lease() -> None:
     assert cache.reserve("b", ROWS) is not None
 
 
+def test_a_corrupt_embedding_goes_with_its_last_lease() -> None:
+    cache = a_cache(4)
+    encoded(cache, "a", 2)
+    encoded(cache, "b", 1)
+    first, second, other = cache.lease("a", 8.0), cache.lease("a", 8.0), cache.lease("b", 8.0)
+    assert cache.release(first, is_corrupt=True)
+    assert cache.get("a") is not None  # somebody may be reading it, and will find out
+    assert cache.release(second, is_corrupt=True)
+    assert cache.get("a") is None
+    assert cache.release(other)
+    assert cache.get("b") is not None
+    assert not cache.release(second, is_corrupt=True)
+    cache.check_integrity()
+
+
 def test_for_an_image_larger_than_the_pool_nothing_is_evicted() -> None:
     cache = a_cache(2)
     encoded(cache, "a", 1)

@@ -227,6 +227,8 @@ async def test_corrupt_kv_is_refused_and_prefilled_again(allowed: str, monkeypat
         assert await made.run(made.request(PROMPT, 6)) == expected_tokens(PROMPT, 6)
         assert corrupted
         assert [placed.assignments[0].num_cached_tokens for placed in placings] == [0, 0]
+        # Nor may anybody else: another request with the same prompt, which has no salt.
+        assert await made.run(made.request(PROMPT, 6)) == expected_tokens(PROMPT, 6)
 
 
 async def test_a_broken_image_ends_the_request_and_says_so() -> None:

@@ -48,8 +48,8 @@ def test_golden_ask() -> None:
     dialer = opened_dialer()
     assert dialer.send_ask("decode", ReleaseLease(7)) == 1
     assert hexed(taken(dialer)) == (
-        "0b 00 00 00 0c 00 00 00 01 00 00 00 00 00 00 00 "  # ASK, no flags, no buffers, 12 bytes, id 1
-        "93 a6 64 65 63 6f 64 65 92 04 07 00"  # ["decode", [4, 7], 0]
+        "0b 00 00 00 0d 00 00 00 01 00 00 00 00 00 00 00 "  # ASK, no flags, no buffers, 13 bytes, id 1
+        "93 a6 64 65 63 6f 64 65 93 04 07 c2 00"  # ["decode", [4, 7, false], 0]
     )
 
 
@@ -57,9 +57,9 @@ def test_golden_tell_with_buffers() -> None:
     dialer = opened_dialer()
     dialer.send_tell("x", ReleaseLease(7), [b"ab", b"", b"c"])
     assert hexed(taken(dialer)) == (
-        "0a 00 03 00 07 00 00 00 01 00 00 00 00 00 00 00 "  # TELL, 3 buffers, 7 bytes, id 1
+        "0a 00 03 00 08 00 00 00 01 00 00 00 00 00 00 00 "  # TELL, 3 buffers, 8 bytes, id 1
         "02 00 00 00 00 00 00 00 01 00 00 00 "  # their sizes
-        "93 a1 78 92 04 07 00 "  # ["x", [4, 7], 0]
+        "93 a1 78 93 04 07 c2 00 "  # ["x", [4, 7, false], 0]
         "61 62 63"
     )
 
@@ -68,17 +68,17 @@ def test_golden_answer_stream_item_end_credit_cancel() -> None:
     pair = Pair().open()
     ask_id = pair.dialer.send_ask("x", ReleaseLease(1))
     stream_id = pair.dialer.send_stream("x", ReleaseLease(2), window=2)
-    assert hexed(taken(pair.dialer)[23:]) == "0d 00 00 00 07 00 00 00 03 00 00 00 00 00 00 00 93 a1 78 92 04 02 02"
+    assert hexed(taken(pair.dialer)[24:]) == "0d 00 00 00 08 00 00 00 03 00 00 00 00 00 00 00 93 a1 78 93 04 02 c2 02"
     pair.dialer.send_ask("x", ReleaseLease(3))
     pair = Pair().open()
     pair.dialer.send_ask("x", ReleaseLease(1))
     pair.dialer.send_stream("x", ReleaseLease(2), window=2)
     pair.pump()
     pair.listener.send_answer(ask_id, ReleaseLease(9))
-    assert hexed(taken(pair.listener)) == "0c 00 00 00 03 00 00 00 01 00 00 00 00 00 00 00 92 04 09"
+    assert hexed(taken(pair.listener)) == "0c 00 00 00 04 00 00 00 01 00 00 00 00 00 00 00 93 04 09 c2"
     pair.listener.send_item(stream_id, ReleaseLease(8))
     item = taken(pair.listener)
-    assert hexed(item) == "0e 00 00 00 03 00 00 00 03 00 00 00 00 00 00 00 92 04 08"
+    assert hexed(item) == "0e 00 00 00 04 00 00 00 03 00 00 00 00 00 00 00 93 04 08 c2"
     feed(pair.dialer, item)
     pair.dialer.take_item(stream_id)
     assert hexed(taken(pair.dialer)) == "11 00 00 00 03 00 00 00 03 00 00 00 00 00 00 00 92 a0 01"
@@ -274,5 +274,5 @@ def test_a_body_that_is_no_message_is_the_one_error(body: bytes) -> None:
 
 
 def test_fields_that_a_newer_peer_appends_are_ignored() -> None:
-    assert codec.decode_message(codec.encode([4, 7, "new", {"more": 1}])) == ReleaseLease(7)
+    assert codec.decode_message(codec.encode([4, 7, False, "new", {"more": 1}])) == ReleaseLease(7)
     assert connection(Side.DIALER, "a").peer is None
