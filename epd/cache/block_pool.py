@@ -142,8 +142,8 @@ class BlockPool:
     def release(self, lease_id: int, *, is_corrupt: bool = False) -> bool:
         """End a lease. False, and no error, when it had ended already.
 
-        With `is_corrupt` nothing that is published can be trusted any more: which blocks were computed from the spoilt ones nobody
-        knows, and it may be the memory that is at fault.
+        With `is_corrupt` nothing that is published can be trusted any more: nobody knows which blocks were computed from the
+        spoilt ones, and it may be the memory that is at fault.
         """
         block_ids = self._leases.pop(lease_id)
         if block_ids is None:

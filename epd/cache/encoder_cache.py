@@ -136,7 +136,7 @@ class EncoderCache:
         return lease_id
 
     def release(self, lease_id: int, *, is_corrupt: bool = False) -> bool:
-        """End a lease. False, and no error, when it had ended already. With `is_corrupt` the embedding goes with its last lease."""
+        """End a lease. False, and no error, when it had ended already. If `is_corrupt`, the embedding goes with the last."""
         if not self._pool.release(lease_id):
             return False
         mm_hash = self._leases[lease_id]

@@ -32,6 +32,7 @@ from epd.gateway.service import Gateway
 from epd.http.app import HttpServer
 from epd.log import Log
 from epd.metrics import GatewayMetrics, Slo
+from epd.microkernel.actor import Actor
 from epd.microkernel.pulse import Pulse
 from epd.microkernel.system import System
 from epd.model.config import ModelConfig, load_model_config
@@ -119,7 +120,7 @@ class Node:
             await self._listen(system)
             mark = fingerprint(config, folder, model)
             pulse = Pulse()
-            await system.register("pulse", pulse)
+            await self._register(system, "pulse", pulse)
             if "gateway" in config.roles:
                 self._front = await self._start_front(system, folder, model, mark, pulse)
             if parts is not None:
@@ -191,8 +192,8 @@ class Node:
             observer=observer,
         )
         router = TokenRouter()
-        await system.register("directory", fleet)
-        await system.register("tokens", router)
+        await self._register(system, "directory", fleet)
+        await self._register(system, "tokens", router)
         limits = config.admission
         admission = Admission(max_requests=limits.max_requests, max_prompt_tokens=limits.max_prompt_tokens)
         gateway = Gateway(
@@ -214,7 +215,7 @@ class Node:
         actors = parts.actors(system, monotonic)
         self.stages = tuple(actors)
         for actor in actors:
-            await system.register(actor.role, actor, on_crash=partial(self._crashed, actor.role))
+            await self._register(system, actor.role, actor)
         join = Join(
             endpoint=system.endpoint,
             roles=tuple(actor.role for actor in actors),
@@ -236,7 +237,7 @@ class Node:
             on_refused=self._refused,
             on_drain=self.stop,
         )
-        await system.register("membership", membership)
+        await self._register(system, "membership", membership)
         return membership
 
     def _gateways(self, system: System) -> list[FindGateway]:
@@ -257,10 +258,13 @@ class Node:
         self._error = error
         self._stop.set()
 
-    def _crashed(self, role: str, error: Exception) -> None:
-        """A stage that has lost its state cannot go on; whoever supervises the process starts it afresh."""
-        _log.error("a stage crashed", role=role, error=error)
-        self._error = self._error or InternalError(f"the {role} stage crashed: {type(error).__name__}: {error}")
+    async def _register(self, system: System, name: str, actor: Actor) -> None:
+        await system.register(name, actor, on_crash=partial(self._crashed, name))
+
+    def _crashed(self, name: str, error: Exception) -> None:
+        """Who has lost its state cannot go on, nor can those who need it; whoever supervises the process starts it afresh."""
+        _log.error("an actor crashed", name=name, error=error)
+        self._error = self._error or InternalError(f"the actor {name!r} crashed: {type(error).__name__}: {error}")
         self._has_crashed = True
         self._stop.set()
         self._on_crash()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -19,13 +20,13 @@ import pytest
 import uvloop
 
 from epd.decode.actor import DecodeActor
-from epd.errors import InternalError
+from epd.errors import EpdError, InternalError
 from epd.prefill.actor import PrefillActor
 from epd.stage import StageActor
 from epd.transfer.receiver import Receiver
 from gpu.errors import DeviceFailed
 from gpu.pool import Destination
-from protocol.messages import EmbeddingRef, Endpoint, KVRef
+from protocol.messages import Address, EmbeddingRef, Endpoint, KVRef, ReleaseLease
 from tests.e2e.mix import Case, Said, ask, ask_at_once, chat, counting, session
 from tests.support.cluster import (
     ALL_ROLES,
@@ -313,7 +314,7 @@ async def check_ended(cluster: NodeCluster, member: Member, role: str) -> None:
     await asyncio.wait([member.task], timeout=30)
     assert member.task.done()
     cluster.members.remove(member)
-    with pytest.raises(InternalError, match=f"the {role} stage crashed: DeviceFailed: an illegal address"):
+    with pytest.raises(InternalError, match=f"the actor '{role}' crashed: DeviceFailed: an illegal address"):
         member.task.result()
 
 
@@ -349,6 +350,29 @@ async def test_a_stage_that_crashes_while_it_is_drained(wanted: dict[str, Said])
 
 async def is_draining(stage: StageActor) -> bool:
     return stage.is_draining
+
+
+@pytest.mark.parametrize(("at", "name"), [(0, "directory"), (0, "tokens"), (1, "membership"), (1, "pulse")])
+async def test_whoever_crashes_the_process_does_not_live_on_without_it(
+    at: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with node_cluster(TWO_OF_ALL, *PATIENT) as cluster:
+        member = cluster.members[at]
+        assert member.node.system is not None
+
+        async def broken(_: object) -> None:
+            raise ZeroDivisionError("not a number")
+
+        monkeypatch.setattr(member.node.system._cells[name].actor, "receive", broken)
+        asker = cluster.members[1 - at].node.system
+        assert asker is not None
+        with contextlib.suppress(EpdError):
+            await asker.tell(Address(member.endpoint.worker, name), ReleaseLease(1), timeout_s=5)
+        await asyncio.wait([member.task], timeout=30)
+        assert member.task.done()
+        cluster.members.remove(member)
+        with pytest.raises(InternalError, match=f"the actor '{name}' crashed: ZeroDivisionError"):
+            member.task.result()
 
 
 async def test_a_stage_that_crashes_beside_its_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
