@@ -88,10 +88,10 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """`tokens[i]` belongs to `plan.sequences[i]`; None where nothing was to be sampled. `elapsed_s` is the runner's own time."""
+    """What a step has drawn."""
 
-    tokens: tuple[Token | None, ...]
-    elapsed_s: float
+    tokens: tuple[Token | None, ...]  # of plan.sequences[i]; None where nothing was to be sampled
+    elapsed_s: float  # by the device's clock on a GPU, by the host's on a CPU; 0 on an emulated device
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,14 @@ class ImageInput:
 class TextRunner(Protocol):
     """What prefill and decode drive. Called on the stage's own stream, one step at a time."""
 
-    def execute(self, plan: StepPlan) -> Now[StepOutput]: ...
+    def execute(self, plan: StepPlan) -> Now[StepOutput]:
+        """Compute a step. Steps run in the order in which they are given; PENDING in one is a token of the one before it.
+
+        Raises:
+            ValueError: because of what a sequence asks; nothing of the step counts, and it may be tried again in parts.
+            BadRequest: the same, and it is the client's fault.
+            DeviceFailed: no step will work again; the stage ends.
+        """
 
     def close(self) -> None: ...
 
@@ -124,9 +131,15 @@ class VisionRunner(Protocol):
         grids: Sequence[tuple[int, int, int]],
         block_ids: Sequence[Sequence[int]],
     ) -> Now[tuple[list[int] | Exception, ...]]:
-        """Write each image's rows to its blocks of the embedding pool, zeros after the last; the checksums of those blocks.
+        """Write each image's rows to its blocks of the embedding pool, in order, zeros after the last.
 
-        An exception in `patches` passes through.
+        Args:
+            patches: of each image, as `preprocess` made them; an exception passes through.
+            grids: t, h, w of each image in patches.
+            block_ids: of each image, as many blocks of EMBEDDING_BLOCK_ROWS rows as its embedding fills.
+
+        Returns:
+            Of each image the checksums of its blocks.
         """
 
     def close(self) -> None: ...

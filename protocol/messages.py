@@ -115,7 +115,7 @@ class KVRef(Part, frozen=True):
     epoch: int
     first_block: int  # place of block_ids[0] in the request's block table
     block_ids: tuple[int, ...]
-    checksums: tuple[int, ...]
+    checksums: tuple[int, ...]  # of each block; none within a process, where the block table moves and no byte does
 
 
 class TokenLogprob(Part, frozen=True):
@@ -287,7 +287,7 @@ class TokenStep(Message, frozen=True, tag=31):
 class Finished(Message, frozen=True, tag=32):
     request_id: RequestId
     epoch: int
-    num_output_tokens: int
+    num_output_tokens: int  # of the whole output, earlier attempts included
     spans: tuple[Span, ...] = ()
 
 

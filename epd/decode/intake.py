@@ -1,4 +1,4 @@
-"""The taking end of a KV hand-off: pulls a request's blocks while prefill computes them, until the handoff.
+"""The taking end of a KV handoff: pulls a request's blocks while prefill computes them, until the handoff.
 
 Two ways to take: into blocks that were reserved for the request (`Copying`), or, where prefill and decode share a pool, by taking
 over the blocks themselves (`Adopting`): then the table moves and no byte does.
@@ -116,7 +116,7 @@ async def pull(
                     return handoff
                 case other:
                     raise InternalError(f"prefill streamed {type(other).__name__}")
-    raise StaleHandle("prefill ended the hand-off before its end")
+    raise StaleHandle("prefill ended the handoff before its end")
 
 
 async def _release(system: System, prefill: Address, ref: KVRef, *, is_corrupt: bool = False) -> None:

@@ -20,7 +20,7 @@ from epd.microkernel.actor import Mail, Reply
 from epd.model.positions import check_grids, mrope_positions
 from epd.prefill.embeddings import EmbeddingFetcher
 from epd.prefill.entry import Entry
-from epd.prefill.handover import EarlyPulls, HandOver
+from epd.prefill.handoff import EarlyPulls, KVHandoff
 from epd.prefill.request import PrefillChunk, PrefillPlan, PrefillRequest
 from epd.prefill.scheduler import PrefillScheduler
 from epd.stage import StageActor, unexpected, whose_fault
@@ -78,7 +78,7 @@ class PrefillActor(StageActor):
         self._checksum_stream = checksum_stream
         self._merge_size = merge_size
         self._entries: dict[RequestId, Entry] = {}
-        self._handed_over: dict[RequestId, Entry] = {}  # whose leases may still stand
+        self._handed_off: dict[RequestId, Entry] = {}  # whose leases may still stand
         self._early = EarlyPulls(clock)
 
     # --- messages ---------------------------------------------------------------------------------------------------
@@ -162,9 +162,9 @@ class PrefillActor(StageActor):
         if entry is None or entry.request.epoch < message.epoch:
             self._early.park(message, mail)
             return
-        if entry.request.epoch > message.epoch or entry.hand_over is not None:
+        if entry.request.epoch > message.epoch or entry.handoff is not None:
             raise StaleHandle(f"request {message.request_id} epoch {message.epoch} is not there to be pulled")
-        entry.hand_over = HandOver(
+        entry.handoff = KVHandoff(
             entry.request,
             mail.reply,
             sender=self._sender,
@@ -174,23 +174,23 @@ class PrefillActor(StageActor):
             is_local=mail.sender == self._sender.pool.worker,
         )
         for finished in entry.finished:
-            entry.hand_over.add(finished)
+            entry.handoff.add(finished)
         if entry.token is not None:
-            entry.hand_over.end(entry.token)
+            entry.handoff.end(entry.token)
         self._scheduler.decode_ready(message.request_id)
-        self.spawn(self._hand_over(entry, entry.hand_over), name=f"hand-over {message.request_id}")
+        self.spawn(self._hand_off(entry, entry.handoff), name=f"handoff {message.request_id}")
         self.wake()
 
-    async def _hand_over(self, entry: Entry, hand_over: HandOver) -> None:
-        is_sent = await hand_over.run()
+    async def _hand_off(self, entry: Entry, handoff: KVHandoff) -> None:
+        is_sent = await handoff.run()
         if is_sent and self._entries.get(entry.request.request_id) is entry:
             # Every block is under a lease now, which keeps what the decode worker has not copied yet, while its asker is there.
             del self._entries[entry.request.request_id]
             self._scheduler.release(entry.request.request_id)
-            self._handed_over[entry.request.request_id] = entry
+            self._handed_off[entry.request.request_id] = entry
             self.freed()
         else:  # it failed, or the request was aborted while the last of it was sent
-            hand_over.release()
+            handoff.release()
             self.freed()
 
     # --- steps ------------------------------------------------------------------------------------------------------
@@ -257,8 +257,8 @@ class PrefillActor(StageActor):
         if request.items:
             self.spread.observe("embedding_wait_seconds", entry.embedding_wait_s)
         entry.reply.send(Prefilled(request.request_id, request.epoch, token, request.num_cached_tokens, spans=spans))
-        if entry.hand_over is not None:
-            entry.hand_over.end(token)
+        if entry.handoff is not None:
+            entry.handoff.end(token)
         elif token.finish_reason:
             self._forget(entry)
             self._scheduler.release(request.request_id)
@@ -275,7 +275,7 @@ class PrefillActor(StageActor):
 
     def _abort(self, request_id: RequestId, epoch: int, error: EpdError) -> None:
         self._early.drop(request_id, epoch)
-        given = self._handed_over.get(request_id)
+        given = self._handed_off.get(request_id)
         if given is not None and given.request.epoch <= epoch:
             self._let_go(given)
         entry = self._entries.get(request_id)
@@ -289,15 +289,15 @@ class PrefillActor(StageActor):
         self._forget(entry)
         if entry.token is None:
             entry.reply.fail(error)
-        if entry.hand_over is not None:
-            entry.hand_over.fail(error)
+        if entry.handoff is not None:
+            entry.handoff.fail(error)
 
     def _let_go(self, entry: Entry) -> None:
-        """What was handed over has been copied, or nobody wants it any more."""
-        del self._handed_over[entry.request.request_id]
+        """What was handed off has been copied, or nobody wants it any more."""
+        del self._handed_off[entry.request.request_id]
         entry.unwatch()
-        if entry.hand_over is not None:
-            entry.hand_over.release()
+        if entry.handoff is not None:
+            entry.handoff.release()
             self.freed()
 
     def _forget(self, entry: Entry) -> None:
@@ -312,8 +312,8 @@ class PrefillActor(StageActor):
             )
         self._early.expire(now)
         self._blocks.expire(now)
-        for entry in list(self._handed_over.values()):
-            if entry.hand_over is None or entry.hand_over.is_over:
+        for entry in list(self._handed_off.values()):
+            if entry.handoff is None or entry.handoff.is_over:
                 self._let_go(entry)
 
     def _entry(self, request_id: RequestId, epoch: int) -> Entry:
@@ -361,8 +361,8 @@ class PrefillActor(StageActor):
         self._memory.check_integrity()
         if self.has_pool_to_itself:
             self._blocks.check_integrity(self._scheduler.tables())
-        known = {
+        unknown = {
             request_id for request_id, entry in self._entries.items() if self._scheduler.get(request_id) is not entry.request
         }
-        if known:
-            raise InternalError(f"prefill holds entries of requests that its scheduler has forgotten: {sorted(known)}")
+        if unknown:
+            raise InternalError(f"prefill holds entries of requests that its scheduler has forgotten: {sorted(unknown)}")

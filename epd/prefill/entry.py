@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from epd.microkernel.actor import Reply
-from epd.prefill.handover import HandOver
+from epd.prefill.handoff import KVHandoff
 from epd.prefill.request import FinishedBlocks, PrefillRequest
 from epd.step import Int32Array, Rows
 from protocol.messages import Span, Token
@@ -22,7 +22,7 @@ class Entry:
     rows: dict[int, Rows] = field(default_factory=dict)  # item index -> [num_tokens, embedding width]
     unwatch: Callable[[], None] = lambda: None  # what ends the watch over who asked
     finished: list[FinishedBlocks] = field(default_factory=list)  # told by the scheduler, whether pulled or not
-    hand_over: HandOver | None = None
+    handoff: KVHandoff | None = None
     token: Token | None = None
     embeddings_at: list[float] = field(default_factory=list)  # when each arrived
     chunks_at: list[tuple[float, float]] = field(default_factory=list)  # of the first steps, from start to end
@@ -31,8 +31,8 @@ class Entry:
 
     def add_finished(self, blocks: FinishedBlocks) -> None:
         self.finished.append(blocks)
-        if self.hand_over is not None:
-            self.hand_over.add(blocks)
+        if self.handoff is not None:
+            self.handoff.add(blocks)
 
     def note_embedding(self, now: float) -> None:
         """An embedding is here; told before the scheduler is."""

@@ -111,7 +111,7 @@ class Receiver:
         return ref.generation in self._local
 
     def count_table_move(self, source: Endpoint) -> None:
-        """A hand-off in this process moved a table and no byte."""
+        """A handoff in this process moved a table and no byte."""
         self._figures.setdefault(source.worker, _LinkFigures(Rung.LOCAL)).num_transfers += 1
 
     def links(self) -> list[LinkLoad]:

@@ -475,7 +475,7 @@ def other_checksum(ref: Any) -> Any:
 @pytest.mark.parametrize("transfer", ["mapped", "socket"])
 @pytest.mark.parametrize("spoil", [other_generation, other_layout, outside, other_checksum])
 async def test_a_wrong_handle_is_refused(wanted: dict[str, Said], spoil: Callable[[Any], Any], transfer: str) -> None:
-    """One KV hand-off and one embedding each: prefilled again, encoded again, same tokens."""
+    """One KV handoff and one embedding each: prefilled again, encoded again, same tokens."""
     async with node_cluster(APART, "--transfer", transfer) as cluster:
         kv, embedding = Spoiler(KVRef), Spoiler(EmbeddingRef)
         prefill, decode = cluster.with_role("prefill")[0].stage("prefill"), cluster.with_role("decode")[0].stage("decode")

@@ -150,7 +150,7 @@ SEVERAL_STAGES = (
 
 @pytest.mark.parametrize("layout", SEVERAL_STAGES, ids=" ".join)
 async def test_workers_that_prefill_and_decode(undisturbed: Sequence[Said], layout: Sequence[str]) -> None:
-    """Some hand-offs move a table, others copy blocks, into pools that prefill uses too."""
+    """Some handoffs move a table, others copy blocks, into pools that prefill uses too."""
     async with node_cluster(layout, *TIGHT, "--max-chunk-tokens", "32", "--budget-beside-decode", "40") as cluster:
         await check_cold_and_warm(cluster.url, undisturbed)
         await cluster.idle()

@@ -433,7 +433,7 @@ async def test_a_tell_to_nobody_is_counted() -> None:
             await asker.tell(at(asker, "nobody"), ReleaseLease(1))
 
 
-async def test_local_mail_is_handed_over_by_reference() -> None:
+async def test_local_mail_is_handed_off_by_reference() -> None:
     async with running("a") as (system,):
         recorder = Recorder()
         to = await system.register("recorder", recorder)

@@ -129,8 +129,8 @@ async def test_a_slow_pull_keeps_its_leases_until_the_request_is_out_of_time() -
         backend.close()
 
 
-async def test_what_was_handed_over_and_not_fetched_goes_with_its_asker() -> None:
-    """The decode worker has left the hand-over to itself, having lost the same gateway; nobody sends an Abort."""
+async def test_what_was_handed_off_and_not_fetched_goes_with_its_asker() -> None:
+    """The decode worker has left the handoff to itself, having lost the same gateway; nobody sends an Abort."""
     backend, clock = CpuBackend(), FakeClock()
     try:
         async with running("gateway", "decode", "prefill") as (gateway, decode, server):

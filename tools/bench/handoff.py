@@ -1,9 +1,9 @@
-"""What a hand-off costs on one host: KV blocks from another process's pool into our own, beside a plain memcpy of as many bytes.
+"""What a handoff costs on one host: KV blocks from another process's pool into our own, beside a plain memcpy of as many bytes.
 
 One process owns a pool and fills it; this one maps it and copies blocks that lie in no order on either side, by the call that a
 decode worker makes, which compares every block with its checksum. The baseline is one memcpy of the whole pool, between the same
 two mappings, in turns with the rest. NIXL stands beside it where it is installed (`pip install --no-deps nixl-cu12`). What the
-messages of a hand-off cost is `tools.bench.handoff_stages`'s.
+messages of a handoff cost is `tools.bench.handoff_stages`'s.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a hand-off costs beside the bytes: the messages between a prefill and a decode worker, in two processes, and their stages.
+"""What a handoff costs beside the bytes: the messages between a prefill and a decode worker, in two processes, and their stages.
 
 Both are the product's own, with the bundled model. A prompt of one block is prefilled first, so that what is timed waits for no
 computation: decode asks for the KV (`PullKV`), prefill computes the block's checksum, decode copies what the `KVChunk` names and
@@ -54,8 +54,8 @@ def run() -> list[Row]:
     """Measure; takes about 15 s."""
     rows = []
     for transfer, name, bar in (
-        ("mapped", "fixed cost of a hand-off", "<1"),
-        ("socket", "fixed cost of a hand-off, over TCP", ""),
+        ("mapped", "fixed cost of a handoff", "<1"),
+        ("socket", "fixed cost of a handoff, over TCP", ""),
     ):
         total_s, copy_s = _medians(transfer)
         note = f"median of {NUM_HANDOFFS}, a prompt of one 32 KiB block, less its memcpy"
@@ -64,7 +64,7 @@ def run() -> list[Row]:
 
 
 def _medians(transfer: str) -> tuple[float, float]:
-    """Of a hand-off and of one memcpy of its block."""
+    """Of a handoff and of one memcpy of its block."""
     command = [sys.executable, "-m", "tools.bench.handoff_stages", "--serve", transfer]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -82,7 +82,7 @@ async def _measure(transfer: str, prefill: Endpoint) -> tuple[float, float]:
         taken = [await _handoff(system, prefill, number) for number in range(NUM_FIRST + NUM_HANDOFFS)]
         (link,) = decode.links()
         if (link.rung, link.num_transfers, link.num_bytes) != (transfer, len(taken), len(taken) * block_bytes):
-            raise RuntimeError(f"{len(taken)} hand-offs of a block by {transfer} were measured, and these happened: {link}")
+            raise RuntimeError(f"{len(taken)} handoffs of a block by {transfer} were measured, and these happened: {link}")
         return statistics.median(taken[NUM_FIRST:]), _memcpy_s(block_bytes)
 
 

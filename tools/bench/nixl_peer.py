@@ -1,4 +1,4 @@
-"""NIXL as a peer of the hand-off: the same blocks, read from another process's memory over UCX. Optional; prints JSON."""
+"""NIXL as a peer of the handoff: the same blocks, read from another process's memory over UCX. Optional; prints JSON."""
 
 from __future__ import annotations
 

@@ -144,9 +144,9 @@ def moved_row(cluster: Mapping[str, Any]) -> Row | Missing:
     name = "P to D in one process: KV bytes moved"
     num_transfers = sum(link["num_transfers"] for link in links)
     if not num_transfers:
-        return Missing(name, "the server counted no hand-off")
+        return Missing(name, "the server counted no handoff")
     num_bytes = sum(link["num_bytes"] for link in links)
-    return make_row(name, float(num_bytes), "bytes", bar="<=0", note=f"{num_transfers} hand-offs, as the server counted them")
+    return make_row(name, float(num_bytes), "bytes", bar="<=0", note=f"{num_transfers} handoffs, as the server counted them")
 
 
 # --- one server -----------------------------------------------------------------------------------------------------

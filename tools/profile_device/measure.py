@@ -1,6 +1,6 @@
 """A profile out of a device: its own runners over its own pools, step by step.
 
-Every step is timed from its hand-over to the stream to its result. The cost of attention is told from that of the rest by steps
+Every step is timed from its way onto the stream to its result. The cost of attention is told from that of the rest by steps
 that differ in context alone. What the profile then says about steps that it was not made from is its error, which is reported.
 """
 

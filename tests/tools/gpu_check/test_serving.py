@@ -61,7 +61,7 @@ def test_what_moves_between_stages_of_one_process() -> None:
     row = moved_row(cluster(0, 8))
     assert not isinstance(row, Missing)
     assert (row["value"], row["unit"], row["bar"]) == (0.0, "bytes", "<=0")
-    assert "8 hand-offs" in row.get("note", "")
+    assert "8 handoffs" in row.get("note", "")
     moved = moved_row(cluster(4096, 8))
     assert not isinstance(moved, Missing)
     assert moved["value"] == 4096.0

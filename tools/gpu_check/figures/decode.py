@@ -140,7 +140,9 @@ def _launches(rig: Rig, runner: DeviceTextRunner, stream: Stream, load: DecodeLo
     layers = rig.config.text.num_layers
     yield make_row(f"{name}: kernels", kernels, "", note=f"{kernels / layers:.1f} a layer, and {copies} copies")
     wall = statistics.median(handed_over)
-    yield make_row(f"{name}: alone", 1e3 * wall, "ms", note="one step handed to an idle device, from the hand-over to its end")
+    yield make_row(
+        f"{name}: alone", 1e3 * wall, "ms", note="one step handed to an idle device, from when it is handed over to its end"
+    )
 
 
 def _plan(rig: Rig, load: DecodeLoad) -> StepPlan:

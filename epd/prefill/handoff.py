@@ -1,4 +1,4 @@
-"""The giving end of a KV hand-off: runs of finished blocks go to the decode worker that pulls them, then the first token.
+"""The giving end of a KV handoff: runs of finished blocks go to the decode worker that pulls them, then the first token.
 
 Each run travels as a `KVRef` under a lease of its own, so that prefill may forget the request as soon as everything was told: the
 leases keep the blocks until they have been copied, or the request is over.
@@ -24,7 +24,7 @@ _PARKED_S = 5.0  # that a pull may be ahead of its prompt
 _Event = tuple[FinishedBlocks, int] | Token | EpdError
 
 
-class HandOver:
+class KVHandoff:
     """One request's. `add` and `end` are called as blocks finish; `run` sends."""
 
     def __init__(
