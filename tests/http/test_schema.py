@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,12 @@ from hypothesis import strategies as st
 from epd.errors import BadRequest
 from epd.gateway.guide import Guide
 from epd.http.errors import error_body
+from epd.http.fields import Fields
 from epd.http.messages import Limits
 from epd.http.routes import parse_json
 from epd.http.schema import parse_chat, parse_completion
 
+ROOT = Path(__file__).parents[2]
 LIMITS = Limits(vocab_size=1000, max_images=2, max_choices=256)
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
@@ -334,6 +338,24 @@ def test_a_body_with_far_too_many_values_is_not_even_read() -> None:
     with pytest.raises(BadRequest, match="more than 1000000 values"):
         parse_json(b"[" + b"[]," * 1_000_000 + b"[]]")
     assert parse_json(b'{"image": "' + b"A" * 2_000_000 + b'"}')
+
+
+def test_the_documented_fields_are_those_that_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: set[str] = set()
+    original = Fields.take
+
+    def take(fields: Fields, name: str) -> object:
+        if not fields.path(""):
+            taken.add(name)
+        return original(fields, name)
+
+    monkeypatch.setattr(Fields, "take", take)
+    parse_chat(chat(), LIMITS)
+    section = (ROOT / "docs" / "api.md").read_text().partition("## Chat")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    documented = {name for row in rows for name in re.findall(r"`([a-z_]+)[`.]", row)}
+    to_no_effect = {"model", "user", "safety_identifier", "prompt_cache_key", "metadata", "stream"}
+    assert documented == taken - to_no_effect
 
 
 def test_images_keep_their_order_and_know_where_they_stand() -> None:
